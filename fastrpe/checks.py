@@ -1,0 +1,57 @@
+"""Argument checks: the only place where errors are worded.
+
+Every message is one sentence, ``{op}: {argument} must {requirement}, got {what came}``.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(op: str, argument: str, requirement: str, came: object) -> ValueError:
+    return ValueError(f"{op}: {argument} must {requirement}, got {came}")
+
+
+def check_type(op: str, argument: str, value: object, *types: type) -> None:
+    if not isinstance(value, types):
+        names = " or ".join(t.__name__ for t in types)
+        raise TypeError(f"{op}: {argument} must be a {names}, got {type(value).__name__}")
+
+
+def check_shape(op: str, argument: str, x: Tensor, *shapes: tuple[str, ...], **sizes: int) -> None:
+    """Check that ``x`` has one of ``shapes``, tuples of symbols; ``sizes`` gives those that are known."""
+    if not isinstance(x, Tensor):
+        check_type(op, argument, x, Tensor)
+    came = x.shape
+    for shape in shapes:
+        if len(shape) == len(came):
+            for symbol, size in zip(shape, came):
+                if sizes.get(symbol, size) != size:
+                    break
+            else:
+                return
+    wanted = " or ".join("(" + ", ".join(s) + ("," if len(s) == 1 else "") + ")" for s in shapes)
+    used = {symbol for shape in shapes for symbol in shape}
+    known = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items() if symbol in used)
+    raise fail(op, argument, f"have shape {wanted}" + (f" with {known}" if known else ""), tuple(came))
+
+
+def check_dtype(op: str, argument: str, x: Tensor, dtypes: Iterable[torch.dtype] = FLOATS) -> None:
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise fail(op, argument, f"have dtype {names}", str(x.dtype).removeprefix("torch."))
+
+
+def check_device(op: str, argument: str, x: Tensor, device: torch.device, like: str = "q") -> None:
+    if x.device != device:
+        raise fail(op, argument, f"be on the device of {like}, {device}", x.device)
+
+
+def check_choice(op: str, argument: str, value: Any, choices: Iterable[Any]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise fail(op, argument, "be one of " + ", ".join(map(repr, choices)), repr(value))
