@@ -23,7 +23,7 @@ def _load(library: str) -> str:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{library} does not load ({error}); run 'pip install --force-reinstall .' in the source tree"
+        return f"{library} does not load ({error.__cause__ or error}); run 'pip install --force-reinstall .' in the source tree"
     return ""
 
 

@@ -96,25 +96,28 @@ def _rotate_bwd(
 
         bwd = triton_impl.rotate_bwd
     flags = (interleaved, inverse, factor, prefix, need_positions, need_freqs)
+    db = empty = q.new_empty(0)
     if basis is None:
         dq, dk, dp, df = bwd(dyq, dyk, q, k, p, f, *flags)
-        return dq, dk, dp.to(positions.dtype), df.to(freqs.dtype), empty
-    # y = R P x, or y = P^T R^T x when inverse: the rotation's own backward, with one product on either side of it.
-    x, dy = (_wide(q), _wide(k)), (_wide(dyq), _wide(dyk))
-    if inverse:
-        dz = (_apply(dy[0], basis), _apply(dy[1], basis))
-        u = _rotate(*x, positions, freqs, None, interleaved, True, factor, prefix, backend)
-        dq, dk, dp, df = bwd(*dz, *x, p, f, *flags)
-        db = _basis_gradient(u, dy, prefix, basis) if need_basis else empty
     else:
-        z = (_apply(x[0], basis), _apply(x[1], basis))
-        dzq, dzk, dp, df = bwd(*dy, *z, p, f, *flags)
-        dq, dk = _apply(dzq, basis, adjoint=True), _apply(dzk, basis, adjoint=True)
-        db = _basis_gradient((dzq, dzk), x, prefix, basis) if need_basis else empty
-    dq, dk = _narrow(dq, q), _narrow(dk, k)
-    dq[:, :, :prefix] = dyq[:, :, :prefix]
-    dk[:, :, :prefix] = dyk[:, :, :prefix]
-    return dq, dk, dp.to(positions.dtype), df.to(freqs.dtype), db
+        # y = R P x, or y = P^T R^T x when inverse: the rotation's own backward with a product on either side of it.
+        x, dy = (_wide(q), _wide(k)), (_wide(dyq), _wide(dyk))
+        if inverse:
+            u = _rotate(*x, positions, freqs, None, interleaved, True, factor, prefix, backend)
+            dq, dk, dp, df = bwd(_apply(dy[0], basis), _apply(dy[1], basis), *x, p, f, *flags)
+            pairs = (u, dy)
+        else:
+            dz = bwd(*dy, _apply(x[0], basis), _apply(x[1], basis), p, f, *flags)
+            dq, dk, dp, df = _apply(dz[0], basis, adjoint=True), _apply(dz[1], basis, adjoint=True), *dz[2:]
+            pairs = ((dz[0], dz[1]), x)
+        if need_basis:
+            db = _basis_gradient(*pairs, prefix, basis)
+        dq, dk = _narrow(dq, q), _narrow(dk, k)
+        dq[:, :, :prefix] = dyq[:, :, :prefix]
+        dk[:, :, :prefix] = dyk[:, :, :prefix]
+    dp = dp.to(positions.dtype) if need_positions else empty
+    df = df.to(freqs.dtype) if need_freqs else empty
+    return dq, dk, dp, df, db
 
 
 def _rotate_cos_sin(

@@ -1,0 +1,10 @@
+// The CUDA kernels behind the schemas of library_cpu.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include "rotary/rotary_cuda.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastrpe_native, CUDA, m) {
+  m.impl("rotate", TORCH_BOX(&fastrpe::rotary::rotate_cuda));
+  m.impl("rotate_bwd", TORCH_BOX(&fastrpe::rotary::rotate_bwd_cuda));
+  m.impl("rotate_cos_sin", TORCH_BOX(&fastrpe::rotary::rotate_cos_sin_cuda));
+}

@@ -1,0 +1,121 @@
+"""The mathematics of STRING: rotations by commuting skew generators, written as a basis and frequencies for `rotate`.
+
+Every continuous relative encoding R(r) = exp(sum_k r_k L_k) with commuting skew-symmetric L_k equals P RoPE(r) P^T
+(STRING, arXiv 2502.02562, theorems 3.2 and 3.4), and the outer P cancels in a score. The functions here turn each
+parametrisation into P and RoPE's frequencies. All are differentiable and compute in float32 at least.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...checks import fail
+
+
+def skew(params: Tensor) -> Tensor:
+    """The skew-symmetric S (..., d, d) whose entries above the diagonal are ``params`` (..., d (d - 1) / 2), by rows."""
+    entries = params.shape[-1]
+    size = (1 + math.isqrt(1 + 8 * entries)) // 2
+    if size * (size - 1) // 2 != entries:
+        raise fail("skew", "params", "have d (d - 1) / 2 entries for some d", entries)
+    row, column = torch.triu_indices(size, size, 1, device=params.device).unbind()
+    upper = params.new_zeros(*params.shape[:-1], size, size)
+    upper[..., row, column] = params
+    return upper - upper.mT
+
+
+def cayley(S: Tensor) -> Tensor:
+    """The orthogonal P = (I - S)(I + S)^{-1} = 2 (I + S)^{-1} - I of a skew-symmetric S, both (..., d, d).
+
+    I + S is never singular (its eigenvalues are 1 +- i lambda), but its condition number grows as |S|: the solve runs
+    in float64, which keeps P^T P = I to float32's rounding for |S| of 1000 and more, and which autocast leaves alone.
+    """
+    eye = torch.eye(S.shape[-1], dtype=torch.float64, device=S.device)
+    # solve_ex, because solve reads its error flag back from the device.
+    inverse = torch.linalg.solve_ex(eye + S.double(), eye.expand(S.shape))[0]
+    return (2 * inverse - eye).to(torch.promote_types(S.dtype, torch.float32))
+
+
+def fourier_basis(
+    size: int,
+    block: int | None = None,
+    *,
+    interleaved: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The real Fourier basis (d, d) of circulants, or of d / block circulant blocks: rows in the order of `rotate`.
+
+    A block of even size gives the planes (constant, alternating) and (cos_k, sin_k), k = 1 ... block / 2 - 1; one of
+    odd size gives (cos_k, sin_k), k = 1 ... (block - 1) / 2, and its constant row comes last, where nothing rotates.
+    """
+    block = _block("fourier_basis", size, block)
+    angles = dict(dtype=torch.float64, device=device)
+    t = torch.arange(block, device=device)
+    k = torch.arange(block // 2, device=device).unsqueeze(-1) + block % 2
+    angle = (k * t % block).to(torch.float64) * (2 * math.pi / block)  # reduced while it is an integer
+    first, second = angle.cos() * math.sqrt(2 / block), angle.sin() * math.sqrt(2 / block)
+    constant = torch.full((1, block), 1 / math.sqrt(block), **angles)  # type: ignore[arg-type]
+    rest = constant[: block % 2]
+    if block % 2 == 0:
+        first = torch.cat((constant, first[1:]))
+        second = torch.cat((constant * (1 - 2 * (t % 2)), second[1:]))
+    eye = torch.eye(size // block, **angles)  # type: ignore[arg-type]
+    first, second, rest = (torch.kron(eye, rows) for rows in (first, second, rest))
+    planes = torch.stack((first, second), 1).flatten(0, 1) if interleaved else torch.cat((first, second))
+    return torch.cat((planes, rest)).to(dtype)
+
+
+def circulant_freqs(c: Tensor, block: int | None = None) -> Tensor:
+    """The frequencies (..., R) of the generators L = C - C^T, C circulant with first column ``c`` (..., d).
+
+    They are -2 Im FFT(c)_k, for the planes of `fourier_basis`; the plane (constant, alternating) never turns.
+    """
+    block = _block("circulant_freqs", c.shape[-1], block)
+    spectrum = torch.fft.rfft(_wide(c).unflatten(-1, (-1, block)))
+    return (-2 * spectrum.imag[..., block % 2 : block % 2 + block // 2]).flatten(-2)
+
+
+def circulant_params(freqs: Tensor, size: int, block: int | None = None) -> Tensor:
+    """First columns (..., d) whose frequencies are ``freqs`` (..., R): c = irfft(-i freqs / 2), the least of them all.
+
+    Frequencies of the planes (constant, alternating), which do not turn, are lost.
+    """
+    block = _block("circulant_params", size, block)
+    imag = _wide(freqs).unflatten(-1, (size // block, block // 2)) / -2
+    pad = block % 2, 1 - block % 2  # the constant's bin where no plane has it, and the alternating one's
+    imag = torch.nn.functional.pad(imag, pad)
+    return torch.fft.irfft(torch.complex(torch.zeros_like(imag), imag), n=block).flatten(-2)
+
+
+def circulant_rotate(
+    x: Tensor,  # (B, H, L, d)
+    positions: Tensor,  # (L, C) or (B, L, C)
+    c: Tensor,  # (Hk, C, d)
+    block: int | None = None,
+) -> Tensor:
+    """Circulant-STRING as the paper computes it: R(r) x = irfft(exp(2 i sum_k r_k Im rfft(c_k)) rfft(x)).
+
+    The specification that `rotate` with `fourier_basis` and `circulant_freqs` meets, up to the outer Fourier basis,
+    which this form applies and which no score can see.
+    """
+    block = _block("circulant_rotate", x.shape[-1], block)
+    imag = torch.fft.rfft(c.double().unflatten(-1, (-1, block))).imag
+    phase = 2 * torch.einsum("...lc,hcnk->...hlnk", positions.double(), imag)
+    if c.shape[0] > 1:
+        phase = phase.repeat_interleave(x.shape[1] // c.shape[0], -4)
+    spectrum = torch.fft.rfft(_wide(x).unflatten(-1, (-1, block)))
+    turned = torch.complex(phase.cos(), phase.sin()).to(spectrum.dtype) * spectrum
+    return torch.fft.irfft(turned, n=block).flatten(-2).to(x.dtype)
+
+
+def _block(op: str, size: int, block: int | None) -> int:
+    block = size if block is None else block
+    if block < 3 or size % block:
+        raise fail(op, "block", f"be at least 3 and divide d={size}", block)
+    return block
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
