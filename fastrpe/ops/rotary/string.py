@@ -14,7 +14,7 @@ from ...checks import fail
 
 
 def skew(params: Tensor) -> Tensor:
-    """The skew-symmetric S (..., d, d) whose entries above the diagonal are ``params`` (..., d (d - 1) / 2), by rows."""
+    """The skew-symmetric S (..., d, d) with ``params`` (..., d (d - 1) / 2) above its diagonal, by rows."""
     entries = params.shape[-1]
     size = (1 + math.isqrt(1 + 8 * entries)) // 2
     if size * (size - 1) // 2 != entries:
@@ -28,13 +28,15 @@ def skew(params: Tensor) -> Tensor:
 def cayley(S: Tensor) -> Tensor:
     """The orthogonal P = (I - S)(I + S)^{-1} = 2 (I + S)^{-1} - I of a skew-symmetric S, both (..., d, d).
 
-    I + S is never singular (its eigenvalues are 1 +- i lambda), but its condition number grows as |S|: the solve runs
-    in float64, which keeps P^T P = I to float32's rounding for |S| of 1000 and more, and which autocast leaves alone.
+    I + S is never singular (its eigenvalues are 1 +- i lambda), but its condition number grows as |S|: the inverse is
+    taken in float64, which autocast leaves alone, and keeps P^T P = I to float32's rounding for |S| of 1000 and more.
     """
     eye = torch.eye(S.shape[-1], dtype=torch.float64, device=S.device)
-    # solve_ex, because solve reads its error flag back from the device.
-    inverse = torch.linalg.solve_ex(eye + S.double(), eye.expand(S.shape))[0]
-    return (2 * inverse - eye).to(torch.promote_types(S.dtype, torch.float32))
+    # The inverse rather than a solve: its derivative is two products, not two triangular solves. And inv_ex rather than
+    # inv, which reads its error flag back from the device.
+    inverse: Tensor = torch.linalg.inv_ex(eye + S.double())[0]
+    P = 2 * inverse - eye
+    return P if S.dtype == torch.float64 else P.float()
 
 
 def fourier_basis(
@@ -51,17 +53,16 @@ def fourier_basis(
     odd size gives (cos_k, sin_k), k = 1 ... (block - 1) / 2, and its constant row comes last, where nothing rotates.
     """
     block = _block("fourier_basis", size, block)
-    angles = dict(dtype=torch.float64, device=device)
     t = torch.arange(block, device=device)
     k = torch.arange(block // 2, device=device).unsqueeze(-1) + block % 2
     angle = (k * t % block).to(torch.float64) * (2 * math.pi / block)  # reduced while it is an integer
     first, second = angle.cos() * math.sqrt(2 / block), angle.sin() * math.sqrt(2 / block)
-    constant = torch.full((1, block), 1 / math.sqrt(block), **angles)  # type: ignore[arg-type]
+    constant = angle.new_full((1, block), 1 / math.sqrt(block))
     rest = constant[: block % 2]
     if block % 2 == 0:
         first = torch.cat((constant, first[1:]))
         second = torch.cat((constant * (1 - 2 * (t % 2)), second[1:]))
-    eye = torch.eye(size // block, **angles)  # type: ignore[arg-type]
+    eye = torch.eye(size // block, dtype=angle.dtype, device=device)
     first, second, rest = (torch.kron(eye, rows) for rows in (first, second, rest))
     planes = torch.stack((first, second), 1).flatten(0, 1) if interleaved else torch.cat((first, second))
     return torch.cat((planes, rest)).to(dtype)
@@ -73,20 +74,21 @@ def circulant_freqs(c: Tensor, block: int | None = None) -> Tensor:
     They are -2 Im FFT(c)_k, for the planes of `fourier_basis`; the plane (constant, alternating) never turns.
     """
     block = _block("circulant_freqs", c.shape[-1], block)
-    spectrum = torch.fft.rfft(_wide(c).unflatten(-1, (-1, block)))
-    return (-2 * spectrum.imag[..., block % 2 : block % 2 + block // 2]).flatten(-2)
+    imag: Tensor = torch.fft.rfft(_blocks(c, block)).imag
+    return (-2 * imag[..., block % 2 : block % 2 + block // 2]).flatten(-2)
 
 
 def circulant_params(freqs: Tensor, size: int, block: int | None = None) -> Tensor:
-    """First columns (..., d) whose frequencies are ``freqs`` (..., R): c = irfft(-i freqs / 2), the least of them all.
+    """The first columns (..., d) of least norm whose frequencies are ``freqs`` (..., R): c = irfft(-i freqs / 2).
 
     Frequencies of the planes (constant, alternating), which do not turn, are lost.
     """
     block = _block("circulant_params", size, block)
-    imag = _wide(freqs).unflatten(-1, (size // block, block // 2)) / -2
+    imag = _blocks(freqs, block // 2) / -2
     pad = block % 2, 1 - block % 2  # the constant's bin where no plane has it, and the alternating one's
     imag = torch.nn.functional.pad(imag, pad)
-    return torch.fft.irfft(torch.complex(torch.zeros_like(imag), imag), n=block).flatten(-2)
+    c: Tensor = torch.fft.irfft(torch.complex(torch.zeros_like(imag), imag), n=block)
+    return c.flatten(-2)
 
 
 def circulant_rotate(
@@ -101,13 +103,14 @@ def circulant_rotate(
     which this form applies and which no score can see.
     """
     block = _block("circulant_rotate", x.shape[-1], block)
-    imag = torch.fft.rfft(c.double().unflatten(-1, (-1, block))).imag
+    imag = torch.fft.rfft(_blocks(c.double(), block)).imag
     phase = 2 * torch.einsum("...lc,hcnk->...hlnk", positions.double(), imag)
     if c.shape[0] > 1:
         phase = phase.repeat_interleave(x.shape[1] // c.shape[0], -4)
-    spectrum = torch.fft.rfft(_wide(x).unflatten(-1, (-1, block)))
+    spectrum = torch.fft.rfft(_blocks(x, block))
     turned = torch.complex(phase.cos(), phase.sin()).to(spectrum.dtype) * spectrum
-    return torch.fft.irfft(turned, n=block).flatten(-2).to(x.dtype)
+    y: Tensor = torch.fft.irfft(turned, n=block)
+    return y.flatten(-2).to(x.dtype)
 
 
 def _block(op: str, size: int, block: int | None) -> int:
@@ -117,5 +120,7 @@ def _block(op: str, size: int, block: int | None) -> int:
     return block
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """(..., d) as (..., d / block, block), in float32 at least, which FFTs need."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x.reshape(*x.shape[:-1], -1, block)

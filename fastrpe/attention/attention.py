@@ -1,0 +1,190 @@
+"""Multi-head attention with a plug for the position encoding and one for the attention kernel."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_dtype, check_shape, fail
+from .cache import KVCache
+from .softmax import Softmax, check_mask, restrict
+
+
+class Attention(nn.Module):
+    r"""Multi-head attention whose position encoding and kernel are plugged in.
+
+    .. math:: y = W_o \, \mathrm{kernel}(q', k', W_v z), \qquad (q', k') = \mathrm{position}(W_q x, W_k z, p)
+
+    with z the context, x itself in self attention. Values are never rotated.
+
+    Args:
+        dim: size of a token.
+        num_heads: H.
+        num_kv_heads: Hk, a divisor of H: grouped queries; by default H.
+        head_dim: D, by default ``dim // num_heads``.
+        context_dim: size of a token of the context, by default ``dim``.
+        bias: give the four projections a bias.
+        dropout: probability to drop an attention weight in training.
+        causal: a query attends to no later key. With fewer queries than keys the last query meets the last key.
+        position: a module of `fastrpe.positions`, or another that maps ``(q, k, positions, offset=, prefix=)`` to
+            ``(q', k')`` and has the attribute ``head_dim``; None for no encoding.
+        kernel: by default `Softmax`, or another module that maps ``(q, k, v, mask=, causal=, dropout=)`` to the output
+            (B, H, L, D).
+    """
+
+    position: Any
+    kernel: Any
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        causal: bool = False,
+        position: nn.Module | None = None,
+        kernel: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        op = "Attention"
+        heads = num_heads if num_kv_heads is None else num_kv_heads
+        if dim < 1 or num_heads < 1 or (head_dim is None and dim % num_heads):
+            raise fail(op, "num_heads", f"divide dim={dim} where head_dim is not given", num_heads)
+        if heads < 1 or num_heads % heads:
+            raise fail(op, "num_kv_heads", f"divide num_heads={num_heads}", heads)
+        check_dropout(op, dropout)
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.context_dim = dim if context_dim is None else context_dim
+        self.dropout, self.causal = dropout, causal
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(self.context_dim, heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(self.context_dim, heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
+        self.kernel = Softmax() if kernel is None else kernel
+        check_pair(op, position, self.kernel, self.head_dim, heads)
+        self.position = position
+
+    def forward(
+        self,
+        x: Tensor,  # (B, L, dim)
+        context: Tensor | None = None,  # (B, S, context_dim)
+        *,
+        positions: Tensor | None = None,  # (L - prefix, C) or (B, L - prefix, C)
+        context_positions: Tensor | None = None,  # (S - context_prefix, C) or (B, S - context_prefix, C)
+        mask: Tensor | None = None,  # broadcasts to (B, H, L, S)
+        key_mask: Tensor | None = None,  # (B, S)
+        prefix: int = 0,
+        context_prefix: int = 0,
+        cache: KVCache | None = None,
+    ) -> Tensor:  # (B, L, dim)
+        """Attend to x itself, or to the context.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that are attended to; None for self attention.
+            positions: coordinates of x's tokens, floating, taken as they are; by default 0, 1, 2, ..., counted on from
+                the cache. Ignored without a position encoding.
+            context_positions: the same for the context.
+            mask: boolean, True where the query may attend to the key; or floating, added to the logits. With a cache, S
+                counts all tokens stored.
+            key_mask: boolean, False for keys that nobody attends to (padding).
+            prefix: the first tokens of x (CLS, registers) that have no position.
+            context_prefix: the same for the context.
+            cache: keys and values of the tokens before x, to which those of x are appended.
+        """
+        op = "Attention"
+        check_shape(op, "x", x, ("B", "L", "dim"), dim=self.dim)
+        if context is None:
+            if self.context_dim != self.dim:
+                raise fail(op, "context", f"have shape (B, S, {self.context_dim})", None)
+            if context_positions is not None or context_prefix:
+                raise fail(op, "context", "be given with context_positions or context_prefix", None)
+        else:
+            check_shape(op, "context", context, ("B", "S", "context_dim"), B=x.shape[0], context_dim=self.context_dim)
+            if cache is not None:
+                raise fail(op, "cache", "be None with a context", type(cache).__name__)
+        source = x if context is None else context
+        B, L, S = *x.shape[:2], source.shape[1] + (0 if cache is None else cache.length)
+        if mask is not None:
+            check_mask(op, mask, (B, self.num_heads, L, S))
+        if key_mask is not None:
+            check_shape(op, "key_mask", key_mask, ("B", "S"), B=B, S=S)
+            check_dtype(op, "key_mask", key_mask, (torch.bool,))
+            mask = restrict(mask, key_mask[:, None, None])
+        q, k, v = (
+            projection(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, z in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        )
+        if context is None:
+            offset = 0 if cache is None or positions is not None else cache.offset
+            q, k = place(self.position, q, k, positions, prefix, offset)
+        else:
+            q, _ = place(self.position, q, None, positions, prefix)
+            k, _ = place(self.position, k, None, context_positions, context_prefix)
+        if cache is not None:
+            k, v = cache.update(k, v)
+            cache.prefix += prefix
+        y: Tensor = self.kernel(q, k, v, mask=mask, causal=self.causal, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def fold(self) -> None:
+        """Let the projections absorb the position's basis, for inference at RoPE's cost; `unfold` undoes it."""
+        if self.position is not None:
+            self.position.fold_into(self.q_proj, self.k_proj)
+
+    def unfold(self) -> None:
+        """Undo `fold`, up to rounding."""
+        if self.position is not None:
+            self.position.unfold_from(self.q_proj, self.k_proj)
+
+    def extra_repr(self) -> str:
+        kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
+        return f"{self.dim}, {self.num_heads}{kv}, head_dim={self.head_dim}, causal={self.causal}"
+
+
+def place(
+    position: Any,
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor | None,  # (B, Hk, L, D)
+    positions: Tensor | None,  # (L - prefix, C) or (B, L - prefix, C)
+    prefix: int,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Encode the positions of q, and of k when both have the same."""
+    return (q, k) if position is None else position(q, k, positions, offset=offset, prefix=prefix)
+
+
+def check_pair(op: str, position: Any, kernel: Any, head_dim: int, heads: int) -> None:
+    """Check that the two plugs fit each other and the attention with ``heads`` key heads they are plugged into."""
+    encodes = position is None or (_takes(position, "offset", "prefix") and hasattr(position, "head_dim"))
+    if not (encodes and _takes(kernel, "mask", "causal", "dropout")):
+        pairs = (
+            "None, RoPE, CayleySTRING, CirculantSTRING or another with head_dim whose forward takes (q, k, positions, "
+            "offset=, prefix=), with Softmax or another whose forward takes (q, k, v, mask=, causal=, dropout=)"
+        )
+        raise fail(op, "position and kernel", f"be a pair of {pairs}", f"{_name(position)} with {_name(kernel)}")
+    if position is None:
+        return
+    if position.head_dim != head_dim:
+        raise fail(op, "position", f"have head_dim={head_dim}", position.head_dim)
+    if getattr(position, "num_heads", None) not in (None, heads):
+        raise fail(op, "position", f"have num_heads={heads}, the number of key heads", position.num_heads)
+
+
+def check_dropout(op: str, dropout: float) -> None:
+    if not 0 <= dropout <= 1:
+        raise fail(op, "dropout", "lie between 0 and 1", dropout)
+
+
+def _takes(module: Any, *arguments: str) -> bool:
+    return isinstance(module, nn.Module) and inspect.signature(module.forward).parameters.keys() >= set(arguments)
+
+
+def _name(module: object) -> str:
+    return "None" if module is None else type(module).__name__

@@ -1,0 +1,77 @@
+"""Keys and values of the tokens seen so far."""
+
+import torch
+from torch import Tensor
+
+from ..checks import check_dtype, check_shape, fail
+
+
+class KVCache:
+    """A static cache: memory for ``max_len`` tokens is taken once, and nothing is moved when tokens arrive.
+
+    Keys are stored after the position encoding. The lengths live on the host, so that decoding never waits for the
+    device. For inference: what is stored must not require grad.
+
+    Args:
+        batch: B.
+        heads: Hk, the number of key heads.
+        max_len: the most tokens that fit.
+        head_dim: D.
+        device: where the memory is.
+        dtype: of keys and values; the autocast dtype under autocast.
+
+    Attributes:
+        length: number of tokens stored.
+        prefix: how many of them have no position (`Attention.forward`).
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if max_len < 1:
+            raise fail("KVCache", "max_len", "be at least 1", max_len)
+        self.k = torch.zeros(batch, heads, max_len, head_dim, device=device, dtype=dtype)  # (B, Hk, max_len, D)
+        self.v = torch.zeros_like(self.k)  # (B, Hk, max_len, D)
+        self.length = 0
+        self.prefix = 0
+
+    @property
+    def max_len(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def offset(self) -> int:
+        """The position of the next token: prefix tokens do not count."""
+        return self.length - self.prefix
+
+    def update(
+        self,
+        k: Tensor,  # (B, Hk, L, D)
+        v: Tensor,  # (B, Hk, L, D)
+    ) -> tuple[Tensor, Tensor]:
+        """Append L tokens; return views of all keys and values stored, (B, Hk, length, D)."""
+        op = "KVCache.update"
+        B, Hk, _, D = self.k.shape
+        for name, x in (("k", k), ("v", v)):
+            check_shape(op, name, x, ("B", "Hk", "L", "D"), B=B, Hk=Hk, L=k.shape[-2], D=D)
+            check_dtype(op, name, x, (self.k.dtype,))
+            if x.requires_grad:
+                raise fail(op, name, "not require grad", "a tensor that does; decode under torch.no_grad()")
+        end = self.length + k.shape[2]
+        if end > self.max_len:
+            raise fail(op, "k", f"fit in the {self.max_len - self.length} free tokens of {self.max_len}", k.shape[2])
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the memory."""
+        self.length = self.prefix = 0

@@ -1,0 +1,407 @@
+"""Triton kernels of the rotary family and their launchers.
+
+One program holds the phases of a tile of rows and rotates with them a chunk of the vectors that share them, so that sines
+cost little and the rest is a copy. A *set* is one set of frequencies with the heads it serves.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 1 / (2 pi) in float32, that number as a sum of two 12-bit numbers, and what float32 leaves out
+INV_2PI = tl.constexpr(0.15915493667125702)
+INV_2PI_A = tl.constexpr(0.15911865234375)
+INV_2PI_B = tl.constexpr(3.628432750701904e-05)
+INV_2PI_LOW = tl.constexpr(6.4206382e-09)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# Phases --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _split(x):
+    """x = high + low, with so few bits each that products of such parts are exact in float32."""
+    high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _cos_sin(turn, HARDWARE: tl.constexpr):
+    """cos and sin of an angle in turns, |turn| <= 1/2 or so; absolute error 1e-7, with HARDWARE 5e-7."""
+    if HARDWARE:
+        angle = turn * 6.2831854820251465
+        c = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1)
+        s = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        half = tl.floor(2.0 * turn + 0.5)
+        r = turn - 0.5 * half  # [-1/4, 1/4]
+        sign = 1.0 - 2.0 * (half - 2.0 * tl.floor(0.5 * half))
+        u = r * r
+        # minimax of (sin(2 pi r) - 2 pi r) / r^3 and of (cos(2 pi r) - 1) / r^2
+        p = ((39.682708740234375 * u - 76.57188415527344) * u + 81.60215759277344) * u - 41.341678619384766
+        g = (((-25.00679588317871 * u + 60.1482048034668) * u - 85.45382690429688) * u + 64.9393539428711) * u
+        s = sign * (6.2831854820251465 * r + r * u * p)
+        c = sign * (1.0 + u * (g - 19.739208221435547))
+    return c, s
+
+
+@triton.jit
+def _phases(
+    p_first, p_second, o_token, m_token, o_r, m_r, i_set, factor, sign,
+    C: tl.constexpr, R: tl.constexpr, IS_TABLE: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """cos and sin, (BL, BR), of tokens o_token in planes o_r: from tables, or from positions and frequencies."""
+    m = m_token[:, None] & m_r[None, :]
+    if IS_TABLE:
+        b_c = tl.load(p_first + o_token[:, None] * R + o_r[None, :], mask=m, other=0.0)
+        b_s = tl.load(p_second + o_token[:, None] * R + o_r[None, :], mask=m, other=0.0)
+    else:
+        wide: tl.constexpr = p_first.dtype.element_ty == tl.float64
+        for i in tl.static_range(C):
+            b_p = tl.load(p_first + o_token * C + i, mask=m_token, other=0.0)
+            b_f = tl.load(p_second + (i_set * C + i) * R + o_r, mask=m_r, other=0.0)
+            if wide:
+                term = b_p[:, None] * b_f[None, :]
+            else:
+                # Frequencies in turns, as a sum of three numbers; every product but the last is exact, so that the
+                # fraction of the phase of a position of 1e6 survives.
+                fh, fl = _split(b_f)
+                wh = b_f * INV_2PI
+                error = ((fh * INV_2PI_A - wh) + fh * INV_2PI_B + fl * INV_2PI_A) + fl * INV_2PI_B + b_f * INV_2PI_LOW
+                ph, pl = _split(b_p)
+                wa, wb = _split(wh)
+                t0 = ph[:, None] * wa[None, :]
+                t1 = ph[:, None] * wb[None, :]
+                t2 = pl[:, None] * wa[None, :]
+                term = (t0 - tl.floor(t0 + 0.5)) + (t1 - tl.floor(t1 + 0.5)) + (t2 - tl.floor(t2 + 0.5))
+                term += pl[:, None] * wb[None, :] + b_p[:, None] * error[None, :]
+                term -= tl.floor(term + 0.5)
+            b_t = term if i == 0 else b_t + term  # noqa: F821
+        if wide:
+            b_c, b_s = tl.cos(b_t), tl.sin(b_t)
+        else:
+            b_c, b_s = _cos_sin(b_t - tl.floor(b_t + 0.5), HARDWARE)
+    return b_c * factor, b_s * (factor * sign)
+
+
+# Rotation ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_pair(p_x, d, o_r, m, R: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The two coordinates of planes o_r of rows that start at p_x (BL, 1), in the type they are computed in."""
+    if INTERLEAVED:
+        a, b = tl.load(p_x + 2 * o_r[None, :] * d, mask=m, other=0.0), tl.load(p_x + (2 * o_r[None, :] + 1) * d, mask=m, other=0.0)
+    else:
+        a, b = tl.load(p_x + o_r[None, :] * d, mask=m, other=0.0), tl.load(p_x + (R + o_r[None, :]) * d, mask=m, other=0.0)
+    return a, b
+
+
+@triton.jit
+def _store_pair(p_y, a, b, o_r, m, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    dtype = p_y.dtype.element_ty
+    if INTERLEAVED:
+        tl.store(p_y + 2 * o_r[None, :], a.to(dtype), mask=m)
+        tl.store(p_y + 2 * o_r[None, :] + 1, b.to(dtype), mask=m)
+    else:
+        tl.store(p_y + o_r[None, :], a.to(dtype), mask=m)
+        tl.store(p_y + R + o_r[None, :], b.to(dtype), mask=m)
+
+
+@triton.jit
+def _rotate_kernel(
+    q, k, yq, yk, first, second,
+    xq, xk, freq_sums, position_sums,  # of the backward
+    factor, sign, angle_sign,
+    L, prefix, heads, nq, rows, items,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d,
+    xq_b, xq_h, xq_l, xq_d, xk_b, xk_h, xk_l, xk_d,
+    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, CHUNK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, IS_TABLE: tl.constexpr, HARDWARE: tl.constexpr, BATCH_POSITIONS: tl.constexpr,
+    FREQ_GRADIENT: tl.constexpr, POSITION_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_chunk, i_set = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    acc = first.dtype.element_ty
+    o_row = i_tile * BL + tl.arange(0, BL)
+    m_row = o_row < rows
+    o_l = o_row % L
+    i_b = o_row // L  # the sequence, where each has positions of its own
+    m_token = m_row & (o_l >= prefix)
+    o_token = i_b * (L - prefix) + o_l - prefix
+    o_r = tl.arange(0, BR)
+    m_r = o_r < R
+    b_c, b_s = _phases(
+        first, second, o_token, m_token, o_r, m_r, i_set, factor, sign, C, R, IS_TABLE, HARDWARE
+    )  # fmt: skip
+    m = m_row[:, None] & m_r[None, :]
+    turns = m_token[:, None]
+    b_angle = tl.zeros((BL, BR), acc)
+    o_p = 2 * R + tl.arange(0, BP)
+    m_p = m_row[:, None] & (o_p < D)[None, :]
+    for n in range(CHUNK):
+        i = i_chunk * CHUNK + n
+        if i < items:
+            j = i % heads
+            o_b = i_b if BATCH_POSITIONS else i_b * 0 + i // heads
+            if j < nq:
+                i_h = i_set * nq + j
+                p_x = q + o_b * q_b + i_h * q_h + o_l * q_l
+                p_y = yq + ((o_b * (nq * tl.num_programs(2)) + i_h) * L + o_l) * D
+                x_d = q_d
+            else:
+                i_h = i_set * (heads - nq) + j - nq
+                p_x = k + o_b * k_b + i_h * k_h + o_l * k_l
+                p_y = yk + ((o_b * ((heads - nq) * tl.num_programs(2)) + i_h) * L + o_l) * D
+                x_d = k_d
+            a, b = _load_pair(p_x[:, None], x_d, o_r, m, R, BR, INTERLEAVED)
+            wa, wb = a.to(acc), b.to(acc)
+            ya, yb = wa * b_c - wb * b_s, wb * b_c + wa * b_s
+            if FREQ_GRADIENT or POSITION_GRADIENT:
+                if j < nq:
+                    p_z = xq + o_b * xq_b + i_h * xq_h + o_l * xq_l
+                    z_d = xq_d
+                else:
+                    p_z = xk + o_b * xk_b + i_h * xk_h + o_l * xk_l
+                    z_d = xk_d
+                za, zb = _load_pair(p_z[:, None], z_d, o_r, m, R, BR, INTERLEAVED)
+                b_angle += tl.where(turns, za.to(acc) * yb - zb.to(acc) * ya, 0.0)
+            ya = tl.where(turns, ya.to(a.dtype), a)
+            yb = tl.where(turns, yb.to(a.dtype), b)
+            _store_pair(p_y[:, None], ya, yb, o_r, m, R, INTERLEAVED)
+            if 2 * R < D:
+                tl.store(p_y[:, None] + o_p[None, :], tl.load(p_x[:, None] + o_p[None, :] * x_d, mask=m_p, other=0.0), mask=m_p)
+    # Every program writes sums of its own, which are added in a fixed order afterwards.
+    if FREQ_GRADIENT:
+        i_part = (i_tile * tl.num_programs(1) + i_chunk) * tl.num_programs(2) + i_set
+        for i in tl.static_range(C):
+            b_p = tl.load(first + o_token * C + i, mask=m_token, other=0.0)
+            b_f = angle_sign * tl.sum(b_p[:, None] * b_angle, 0)
+            tl.store(freq_sums + (i_part * C + i) * R + o_r, b_f, mask=m_r)
+    if POSITION_GRADIENT:
+        i_part = i_set * tl.num_programs(1) + i_chunk
+        points = rows // L * (L - prefix)
+        for i in tl.static_range(C):
+            b_f = tl.load(second + (i_set * C + i) * R + o_r, mask=m_r, other=0.0)
+            b_p = angle_sign * tl.sum(b_f[None, :] * b_angle, 1)
+            tl.store(position_sums + (i_part * points + o_token) * C + i, b_p, mask=m_token)
+
+
+def rotate(
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, L, D)
+    positions: Tensor,  # (L - prefix, C) or (B, L - prefix, C)
+    freqs: Tensor,  # (C, R) or (Hk, C, R)
+    interleaved: bool,
+    inverse: bool,
+    factor: float,
+    prefix: int,
+) -> tuple[Tensor, Tensor]:
+    """`fastrpe.ops.rotate` without a basis."""
+    return _launch(q, k, positions, freqs, interleaved, inverse, factor, prefix)[:2]
+
+
+def rotate_cos_sin(
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, L, D)
+    cos: Tensor,  # (L - prefix, R) or (B, L - prefix, R)
+    sin: Tensor,  # as cos
+    interleaved: bool,
+    inverse: bool,
+    prefix: int,
+) -> tuple[Tensor, Tensor]:
+    """`fastrpe.ops.rotate_cos_sin`."""
+    return _launch(q, k, cos, sin, interleaved, inverse, 1.0, prefix, is_table=True)[:2]
+
+
+def rotate_bwd(
+    dyq: Tensor,  # (B, H, L, D)
+    dyk: Tensor,  # (B, Hk, L, D)
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, L, D)
+    positions: Tensor,  # (L - prefix, C) or (B, L - prefix, C)
+    freqs: Tensor,  # (C, R) or (Hk, C, R)
+    interleaved: bool,
+    inverse: bool,
+    factor: float,
+    prefix: int,
+    need_positions: bool,
+    need_freqs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, positions and freqs; an empty tensor where not needed."""
+    needs = (need_positions, need_freqs)
+    return _launch(dyq, dyk, positions, freqs, interleaved, not inverse, factor, prefix, x=(q, k), needs=needs)
+
+
+def _launch(
+    q: Tensor,  # (B, H, L, D): what is rotated, dy in the backward
+    k: Tensor,  # (B, Hk, L, D)
+    first: Tensor,  # positions or cos
+    second: Tensor,  # freqs or sin
+    interleaved: bool,
+    inverse: bool,
+    factor: float,
+    prefix: int,
+    is_table: bool = False,
+    x: tuple[Tensor, Tensor] | None = None,
+    needs: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, L, D = q.shape
+    R, C = second.shape[-1], 0 if is_table else first.shape[-1]
+    sets = second.shape[0] if second.dim() == 3 and not is_table else 1
+    heads, nq = (H + k.shape[1]) // sets, H // sets
+    batch_positions = first.dim() == 3
+    rows, items = (B if batch_positions else 1) * L, (1 if batch_positions else B) * heads
+    yq, yk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+    BR = max(16, triton.next_power_of_2(R))
+    BL = max(1, 2048 // BR)
+    chunk = max(8, triton.cdiv(items, 65535))
+    grid = (triton.cdiv(rows, BL), triton.cdiv(items, chunk), sets) if rows * items * D else (0, 0, sets)
+    need_positions, need_freqs = needs
+    acc = first.dtype
+    freq_sums = q.new_empty((grid[0] * grid[1] if need_freqs else 0, second.numel()), dtype=acc)
+    position_sums = q.new_empty((sets * grid[1] if need_positions else 0, first.numel()), dtype=acc)
+    xq, xk = x or (q, k)
+    if 0 not in grid:
+        sign = -1.0 if inverse else 1.0
+        with _on_device(q):
+            _rotate_kernel[grid](
+                q, k, yq, yk, first, second, xq, xk, freq_sums, position_sums,
+                factor, sign, -sign, L, prefix, heads, nq, rows, items,
+                *q.stride(), *k.stride(), *xq.stride(), *xk.stride(),
+                D, C, R, BL, BR, max(16, triton.next_power_of_2(D - 2 * R)), chunk, interleaved, is_table,
+                _hardware(q), batch_positions, need_freqs, need_positions,
+            )  # fmt: skip
+    empty = q.new_empty(0)
+    return (
+        yq,
+        yk,
+        position_sums.sum(0).view_as(first) if need_positions else empty,
+        freq_sums.sum(0).view_as(second) if need_freqs else empty,
+    )
+
+
+def _hardware(q: Tensor) -> bool:
+    # The hardware's sine: absolute error 5e-7, a thousandth of a 16-bit rounding.
+    return q.dtype in (torch.float16, torch.bfloat16) and not INTERPRETED
+
+
+def _on_device(x: Tensor) -> Any:
+    return torch.cuda.device_of(x)
+
+
+# Basis and rotation in one pass --------------------------------------------------------------------------------------
+
+
+def fuses(q: Tensor, k: Tensor, freqs: Tensor) -> bool:
+    """Whether `rotate_basis` takes these: 16-bit values on tensor cores, whole heads of a power of two."""
+    D = q.shape[-1]
+    return q.dtype in (torch.float16, torch.bfloat16) and 2 * freqs.shape[-1] == D and D in (32, 64, 128)
+
+
+@triton.jit
+def _dot(a, b, HARDWARE: tl.constexpr):
+    if HARDWARE:
+        return tl.dot(a, b)
+    else:  # the interpreter multiplies bfloat16 as integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+
+
+@triton.jit
+def _basis_one(
+    p_x, p_y, x_l, x_d, o_l, m_l, b_c, b_s, b_p1, b_p2, o_r,
+    R: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    o_d = tl.arange(0, D)
+    m = m_l[:, None]
+    if INVERSE:
+        a, b = _load_pair(p_x + o_l[:, None] * x_l, x_d, o_r, m, R, R, INTERLEAVED)
+        dtype = a.dtype
+        wa, wb = a.to(tl.float32), b.to(tl.float32)
+        za, zb = (wa * b_c - wb * b_s).to(dtype), (wb * b_c + wa * b_s).to(dtype)
+        y = _dot(za, b_p1, HARDWARE) + _dot(zb, b_p2, HARDWARE)  # b_p1, b_p2 (R, D)
+        tl.store(p_y + o_l[:, None] * D + o_d[None, :], y.to(dtype), mask=m)
+    else:
+        x = tl.load(p_x + o_l[:, None] * x_l + o_d[None, :] * x_d, mask=m, other=0.0)
+        za, zb = _dot(x, b_p1, HARDWARE), _dot(x, b_p2, HARDWARE)  # b_p1, b_p2 (D, R)
+        _store_pair(p_y + o_l[:, None] * D, za * b_c - zb * b_s, zb * b_c + za * b_s, o_r, m, R, INTERLEAVED)
+
+
+@triton.jit
+def _basis_kernel(
+    q, k, yq, yk, positions, freqs, basis, factor, sign,
+    L, prefix, basis_h,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d,
+    NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BL: tl.constexpr, TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, HARDWARE: tl.constexpr, BATCH_POSITIONS: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_b, i_set = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    R: tl.constexpr = D // 2
+    o_r, o_d = tl.arange(0, R), tl.arange(0, D)
+    # The basis stays on chip; its rows are taken in the order of the planes' first and second coordinates.
+    o_1, o_2 = (2 * o_r, 2 * o_r + 1) if INTERLEAVED else (o_r, o_r + R)
+    p_p = basis + i_set * basis_h
+    if INVERSE:
+        b_p1, b_p2 = tl.load(p_p + o_1[:, None] * D + o_d[None, :]), tl.load(p_p + o_2[:, None] * D + o_d[None, :])
+    else:
+        b_p1, b_p2 = tl.load(p_p + o_1[None, :] * D + o_d[:, None]), tl.load(p_p + o_2[None, :] * D + o_d[:, None])
+    n_sets = tl.num_programs(2)
+    for n in range(TILES):
+        o_l = prefix + (i_chunk * TILES + n) * BL + tl.arange(0, BL)
+        m_l = o_l < L
+        o_token = (i_b * (L - prefix) if BATCH_POSITIONS else 0) + o_l - prefix
+        b_c, b_s = _phases(
+            positions, freqs, o_token, m_l, o_r, o_r < R, i_set if PER_HEAD else 0, factor, sign, C, R, False, HARDWARE
+        )  # fmt: skip
+        for j in tl.static_range(NQ):
+            i_h = i_set * NQ + j
+            _basis_one(
+                q + i_b * q_b + i_h * q_h, yq + (i_b * NQ * n_sets + i_h) * L * D, q_l, q_d, o_l, m_l,
+                b_c, b_s, b_p1, b_p2, o_r, R, D, INTERLEAVED, INVERSE, HARDWARE,
+            )  # fmt: skip
+        for j in tl.static_range(NK):
+            i_h = i_set * NK + j
+            _basis_one(
+                k + i_b * k_b + i_h * k_h, yk + (i_b * NK * n_sets + i_h) * L * D, k_l, k_d, o_l, m_l,
+                b_c, b_s, b_p1, b_p2, o_r, R, D, INTERLEAVED, INVERSE, HARDWARE,
+            )  # fmt: skip
+
+
+def rotate_basis(
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, L, D)
+    positions: Tensor,  # (L - prefix, C) or (B, L - prefix, C)
+    freqs: Tensor,  # (C, R) or (Hk, C, R)
+    basis: Tensor,  # (D, D) or (Hk, D, D), in the dtype of q
+    interleaved: bool,
+    inverse: bool,
+    factor: float,
+    prefix: int,
+) -> tuple[Tensor, Tensor]:
+    """`fastrpe.ops.rotate` with a basis, fused; see `fuses`."""
+    B, H, L, D = q.shape
+    yq, yk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+    yq[:, :, :prefix] = q[:, :, :prefix]
+    yk[:, :, :prefix] = k[:, :, :prefix]
+    sets = k.shape[1] or H
+    BL = 64
+    total = triton.cdiv(L - prefix, BL)
+    # Programs long enough to pay for loading the basis, and enough of them to fill the chip.
+    tiles = 16 if total * B * sets >= 16384 else 4 if total * B * sets >= 4096 else 1
+    grid = (triton.cdiv(total, tiles), B, sets)
+    basis = basis.contiguous()
+    if 0 not in grid:
+        with _on_device(q):
+            _basis_kernel[grid](
+                q, k, yq, yk, positions, freqs, basis, factor, -1.0 if inverse else 1.0,
+                L, prefix, D * D if basis.dim() == 3 else 0,
+                *q.stride(), *k.stride(), H // sets, k.shape[1] // sets, D, positions.shape[-1], BL, tiles,
+                interleaved, inverse, _hardware(q), positions.dim() == 3, freqs.dim() == 3,
+                num_warps=4, num_stages=3,
+            )  # fmt: skip
+    return yq, yk

@@ -1,0 +1,39 @@
+"""The numbers that tests hold the code to, each with its bar in the method specification (section and item).
+
+Where the specification asks for equality and gives no number, the comment says "ours".
+"""
+
+import torch
+
+# 1.7.1 and 2.8.2: |<R(i+s) q, R(j+s) k> - <R(i) q, R(j) k>| relative to |q| |k|, for |s| up to SHIFT_RANGE.
+SHIFT = {torch.float32: 1e-5, torch.float64: 1e-9}
+SHIFT_RANGE = 1000
+
+# 1.7.2: change of a norm, relative.
+NORM = 1e-6
+
+# 1.7.7: <R x, y> - <x, R^T y> relative to |x| |y|, in float64; ours.
+ADJOINT = 1e-12
+
+# 1.4: frequencies against those that transformers computes, which it does in float32; relative; ours.
+TRANSFORMERS_FREQS = 2e-6
+
+# 2.8.1: entries of P^T P - I, for |S|_2 up to SKEW_RANGE.
+ORTHOGONAL = {torch.float32: 1e-5, torch.float64: 1e-12}
+SKEW_RANGE = 1000.0
+
+# 2.8.3: the FFT form against scipy.linalg.expm, and [L_1, L_2]; float64.
+EXPM = 1e-10
+COMMUTE = 1e-12
+
+# 2.8.4: the FFT form against RoPE in the Fourier basis, and gradients that are zero; float64; ours.
+FOURIER = 1e-10
+ZERO_GRADIENT = 1e-12
+
+# 2.8.6: P after RoPE changes no score by more than NO_OP (float64); P before it some by DIFFERENT and
+# more, relative to the largest; ours.
+NO_OP = 1e-12
+DIFFERENT = 1e-1
+
+# 2.8.10: logits of folded projections against those that apply the basis; relative to the largest.
+FOLDED = 1e-5

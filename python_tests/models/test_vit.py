@@ -1,0 +1,172 @@
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fastrpe.models import ViT, ViTConfig
+from fastrpe.models.vit import POSITIONS
+from fastrpe.testing.asserts import LAW_FLOAT64, assert_accurate, assert_within
+
+SMALL = ViTConfig(image_size=16, patch_size=4, channels=3, classes=7, dim=32, depth=2, heads=2)
+ENCODINGS = [p for p in POSITIONS if p not in ("none", "learned")]
+
+
+@pytest.fixture(params=POSITIONS)
+def config(request):
+    return replace(SMALL, position=request.param)
+
+
+@pytest.fixture
+def compiler():
+    """Graphs of other configurations count against the limit on recompilations."""
+    torch.compiler.reset()
+    yield torch.compile
+    torch.compiler.reset()
+
+
+def images(batch=2, height=16, width=16, dtype=torch.float32):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def trained(config, dtype=torch.float32):
+    """A model whose position parameters have left their initial values."""
+    torch.manual_seed(0)
+    model = ViT(config).to(dtype)
+    for name, p in model.named_parameters():
+        if "position" in name:
+            p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [{}, {"pool": "cls"}, {"registers": 3}, {"pool": "cls", "registers": 2}])
+def test_every_parameter_gets_a_finite_gradient(config, tokens):
+    model = ViT(replace(config, dropout=0.1, drop_path=0.2, **tokens))
+    logits = model(images())
+    assert logits.shape == (2, 7)
+    logits.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("size", [(16, 24), (8, 8), (28, 20)])
+def test_other_image_sizes(config, size):
+    assert ViT(config)(images(2, *size)).shape == (2, 7)
+
+
+def test_only_no_position_ignores_the_order_of_patches(config):
+    model = trained(config, torch.float64).eval()
+    x = images(dtype=torch.float64)
+    patches = x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)[:, :, torch.randperm(16)]  # (B, 3, 16, 4, 4)
+    shuffled = patches.unflatten(2, (4, 4)).permute(0, 1, 2, 4, 3, 5).reshape_as(x)
+    y, z = model(x), model(shuffled)
+    with nullcontext() if config.position == "none" else pytest.raises(AssertionError):
+        assert_within(z, y, LAW_FLOAT64)
+
+
+@pytest.mark.parametrize("position", ENCODINGS)
+@pytest.mark.parametrize("registers", [0, 2])
+def test_fold_keeps_the_output_and_unfold_restores_it(position, registers):
+    model = trained(replace(SMALL, position=position, registers=registers, pool="cls"), torch.float64).eval()
+    x = images(dtype=torch.float64)
+    before = model(x)
+    assert_within(model.fold()(x), before, LAW_FLOAT64)
+    assert_within(model.unfold()(x), before, LAW_FLOAT64)
+
+
+def test_fold_changes_weights_where_there_is_a_basis(config):
+    model = trained(config)
+    before = copy.deepcopy(model.state_dict())
+    model.fold()
+    changed = any(not torch.equal(x, before[name]) for name, x in model.state_dict().items() if "q_proj" in name)
+    assert changed == (config.position in ("cayley", "circulant"))
+
+
+def test_layers_learn_their_own_positions():
+    for position in ("rope-mixed", "cayley", "circulant"):
+        first, second = (block.attention.position for block in ViT(replace(SMALL, position=position)).blocks)
+        assert first is not second and list(first.parameters())
+    first, second = (block.attention.position for block in ViT(replace(SMALL, position="rope")).blocks)
+    assert first is second and not list(first.parameters())
+
+
+def test_compiles_into_one_graph(config, compiler):
+    model = trained(config).eval()
+    x = images(32)
+    compiled = compiler(model, fullgraph=True, backend="aot_eager")
+    assert_accurate(compiled(x), model(x), copy.deepcopy(model).double()(x.double()))
+
+
+@pytest.mark.parametrize("position", ["none", "cayley"])
+def test_inductor_trains_it(position, compiler):
+    model = trained(replace(SMALL, position=position, depth=1), torch.float64)
+    eager = copy.deepcopy(model)
+    for m in (compiler(model, fullgraph=True), eager):
+        m(images(dtype=torch.float64)).square().mean().backward()
+    for p, q in zip(model.parameters(), eager.parameters()):
+        assert_within(p.grad, q.grad, LAW_FLOAT64)
+
+
+def test_parameter_groups(config):
+    model = copy.deepcopy(ViT(replace(config, pool="cls", registers=1)))
+    decayed, rest = model.parameter_groups(0.1)
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
+    assert len({*decayed["params"], *rest["params"]}) == len(list(model.parameters()))
+    ids = {id(p) for p in decayed["params"]}
+    for name, p in model.named_parameters():
+        matrix = name.endswith("weight") and "norm" not in name
+        assert (id(p) in ids) == matrix, name
+
+
+def test_state_dict_and_deepcopy(config):
+    model = trained(config).eval()
+    other = ViT(config).eval()
+    other.load_state_dict(model.state_dict())
+    for twin in (other, copy.deepcopy(model)):
+        assert torch.equal(twin(images()), model(images()))
+
+
+def test_autocast_keeps_the_shape_and_dtype(config):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ViT(config)(images()).dtype == torch.bfloat16
+
+
+def test_drop_path_drops_whole_images():
+    model = ViT(replace(SMALL, drop_path=0.5)).train()
+    block = model.blocks[-1]
+    kept = block._branch(torch.ones(64, 3, 5)).flatten(1)
+    assert set(kept.unique().tolist()) == {0.0, 2.0} and torch.equal(kept.amin(1), kept.amax(1))
+    assert torch.equal(block.eval()._branch(torch.ones(4, 3, 5)), torch.ones(4, 3, 5))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"position": "alibi"}, "ViTConfig: position must be one of 'none', 'learned', .* got 'alibi'"),
+        ({"pool": "max"}, "ViTConfig: pool must be one of 'mean', 'cls', got 'max'"),
+        ({"heads": 3}, "ViTConfig: dim must be a multiple of heads=3, got 32"),
+        ({"patch_size": 5}, "ViTConfig: image_size must be a multiple of patch_size=5, got 16"),
+    ],
+)
+def test_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((2, 1, 16, 16), r"ViT: images must have shape \(B, channels, height, width\) with channels=3"),
+        ((3, 16, 16), r"ViT: images must have shape \(B, channels, height, width\)"),
+        ((2, 3, 16, 18), r"ViT: images must have sides that are multiples of 4, got \(16, 18\)"),
+    ],
+)
+def test_image_errors(shape, message):
+    with pytest.raises(ValueError, match=message):
+        ViT(SMALL)(torch.zeros(shape))
+
+
+def test_it_is_made_of_fastrpe_attention():
+    assert not any(isinstance(m, nn.MultiheadAttention) for m in ViT(SMALL).modules())
