@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(fastrpe_native, m) {
       "rotate(Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, bool inverse, float factor, "
       "int prefix) -> (Tensor, Tensor)");
   m.def(
+      "rotate_basis(Tensor q, Tensor k, Tensor positions, Tensor freqs, Tensor basis, bool interleaved, bool inverse, "
+      "float factor, int prefix) -> (Tensor, Tensor)");
+  m.def(
       "rotate_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, "
       "bool inverse, float factor, int prefix, bool need_positions, bool need_freqs) "
       "-> (Tensor, Tensor, Tensor, Tensor)");

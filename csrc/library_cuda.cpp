@@ -5,6 +5,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(fastrpe_native, CUDA, m) {
   m.impl("rotate", TORCH_BOX(&fastrpe::rotary::rotate_cuda));
+  m.impl("rotate_basis", TORCH_BOX(&fastrpe::rotary::rotate_basis_cuda));
   m.impl("rotate_bwd", TORCH_BOX(&fastrpe::rotary::rotate_bwd_cuda));
   m.impl("rotate_cos_sin", TORCH_BOX(&fastrpe::rotary::rotate_cos_sin_cuda));
 }

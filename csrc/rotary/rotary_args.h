@@ -63,6 +63,13 @@ inline Shape shape_of(const char* op, const Tensor& q, const Tensor& k, const Te
   return shape;
 }
 
+// What the GPU kernels' 32-bit indices hold.
+inline void check_limits(const char* op, const Shape& shape) {
+  STD_TORCH_CHECK(shape.rows() < (int64_t{1} << 31) && shape.items() < (int64_t{1} << 31) && shape.sets < 65536, op,
+                  ": the native kernel takes fewer than 2^31 rows and heads, and 2^16 sets of frequencies; use "
+                  "backend='reference'");
+}
+
 inline void check_gradients(const char* op, const Tensor& dyq, const Tensor& dyk, const Tensor& q, const Tensor& k) {
   const Tensor* pairs[2][2] = {{&dyq, &q}, {&dyk, &k}};
   for (const auto& [dy, x] : pairs) {

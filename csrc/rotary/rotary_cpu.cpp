@@ -31,7 +31,7 @@ FASTRPE_HD void phases_impl(A* __restrict c, A* __restrict s, A* __restrict turn
     const A p = position[i];
     for (int r = 0; r < R; ++r) {
       Phase<A> phase{turn[r], rest[r]};
-      add_product(phase, p, turns(freqs[i * R + r]));
+      add(phase, product(p, turns(freqs[i * R + r])));
       turn[r] = phase.turn;
       rest[r] = phase.rest;
     }

@@ -6,6 +6,9 @@ from torch import Tensor
 from ...backend import resolve
 from ...checks import check_device, check_dtype, check_shape, check_type, fail
 
+# Measured (bench/REPORT.md): the native kernels win on every case, on a GPU and on a CPU.
+PREFERENCE = ("native", "triton")
+
 
 def rotate(
     q: Tensor,  # (B, H, L, D)
@@ -80,7 +83,7 @@ def rotate(
         check_dtype(op, "basis", basis)
         check_device(op, "basis", basis, q.device)
     check_type(op, "factor", factor, float, int)
-    name = resolve(op, q.device, backend, _preference(q, basis))
+    name = resolve(op, q.device, backend, PREFERENCE)
     y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate(
         q, k, positions, freqs, basis, interleaved, inverse, float(factor), prefix, name
     )
@@ -138,7 +141,7 @@ def rotate_cos_sin(
     for name, x in (("cos", cos), ("sin", sin)):
         check_dtype(op, name, x)
         check_device(op, name, x, q.device)
-    name = resolve(op, q.device, backend, _preference(q, None))
+    name = resolve(op, q.device, backend, PREFERENCE)
     y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix, name)
     return y
 
@@ -168,10 +171,3 @@ def _heads_of(op: str, argument: str, x: Tensor, q: Tensor, k: Tensor) -> int:
     check_type(op, argument, x, Tensor)
     heads = x.shape[0] if x.dim() == 3 else 1
     return heads if heads and q.shape[1] % heads == 0 else q.shape[1]
-
-
-def _preference(q: Tensor, basis: Tensor | None) -> tuple[str, ...]:
-    # Measured on an H200 (bench/REPORT.md): one CUDA launch wins for a rotation alone; with a basis, Triton's fused
-    # product and rotation moves half the bytes of a matrix product followed by the CUDA kernel.
-    fused = basis is not None and q.dtype in (torch.float16, torch.bfloat16)
-    return ("triton", "native") if fused else ("native", "triton")

@@ -49,12 +49,14 @@ def _rotate(
         from . import triton_impl
 
         rotate = triton_impl.rotate
-        if basis is not None and triton_impl.fuses(q, k, freqs):
-            return triton_impl.rotate_basis(
-                q, k, positions, freqs, basis.to(q.dtype), interleaved, inverse, factor, prefix
-            )
     if basis is None:
         return rotate(q, k, positions, freqs, interleaved, inverse, factor, prefix)
+    if backend == "native" and _fuses(q, freqs):
+        fused: Pair = torch.ops.fastrpe_native.rotate_basis(
+            _aligned(q), _aligned(k), positions, freqs, basis.to(q.dtype).contiguous(),
+            interleaved, inverse, factor, prefix,
+        )  # fmt: skip
+        return fused
     # Unfused: the product with the basis is kept in float32, so that the result is rounded once.
     wide = (_wide(q), _wide(k))
     if not inverse:
@@ -139,6 +141,17 @@ def _rotate_cos_sin(
         return triton_impl.rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix)
     y: Pair = torch.ops.fastrpe_native.rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix)
     return y
+
+
+def _fuses(q: Tensor, freqs: Tensor) -> bool:
+    # Tensor cores take 16-bit values; the kernel keeps a whole head's basis on chip.
+    D = q.shape[-1]
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and D in (64, 128) and 2 * freqs.shape[-1] == D
+
+
+def _aligned(x: Tensor) -> Tensor:
+    *outer, inner = x.stride()
+    return x if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 def _angles(q: Tensor, *xs: Tensor) -> Pair:
