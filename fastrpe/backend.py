@@ -1,7 +1,8 @@
 """Which kernel runs: three backends, one policy.
 
 ``"reference"`` is plain PyTorch and runs anywhere. ``"native"`` is the compiled library: C++ on a CPU, CUDA on a GPU.
-``"triton"`` needs Triton and a GPU (or ``TRITON_INTERPRET=1``). ``python -m fastrpe.info`` prints what works and why not.
+``"triton"`` needs Triton and a GPU (or ``TRITON_INTERPRET=1``). ``python -m fastrpe.info`` prints what works and why
+not.
 """
 
 import importlib.util
@@ -23,7 +24,8 @@ def _load(library: str) -> str:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{library} does not load ({error.__cause__ or error}); run 'pip install --force-reinstall .' in the source tree"
+        why = error.__cause__ or error
+        return f"{library} does not load ({why}); run 'pip install --force-reinstall .' in the source tree"
     return ""
 
 

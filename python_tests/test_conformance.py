@@ -129,8 +129,6 @@ def test_values_and_gradients(case: Case, device: torch.device, dtype: torch.dty
 @every_case
 def test_default_backend(case: Case, device: torch.device) -> None:
     """The choice made for the caller is right too, and is one of those tested above."""
-    if INTERPRETED and case.make(device, torch.float32, 0).get("basis") is not None:
-        pytest.skip("an interpreted kernel may be chosen")
     check(case, device, torch.float32, None, seed=3)
 
 

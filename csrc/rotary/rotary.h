@@ -1,7 +1,7 @@
 // The mathematics of the rotary family, shared by the CPU and CUDA kernels.
 //
-// Work is laid out the same way on both. A *set* is one set of frequencies with the heads it serves (all heads when they
-// share them, otherwise one key head and its group of query heads). A *row* is one token that has its own phase: a
+// Work is laid out the same way on both. A *set* is one set of frequencies with the heads it serves (all heads when
+// they share them, otherwise one key head and its group of query heads). A *row* is one token that has its own phase: a
 // position of one sequence, or of every sequence when the batch shares its positions. An *item* is one vector that a
 // row's phase rotates: (sequence, head). Phases are computed once per row and set and used for all its items.
 #pragma once
@@ -77,8 +77,8 @@ struct Phase {
   T turn, rest;
 };
 
-// The nearest integer. On a GPU by two additions at full rate; beyond 2^22 those leave a small whole number behind, which
-// a phase may keep.
+// The nearest integer. On a GPU by two additions at full rate; beyond 2^22 those leave a small whole number behind,
+// which a phase may keep.
 FASTRPE_HD float nearest(float x) {
 #ifdef __CUDA_ARCH__
   return (x + 12582912.0f) - 12582912.0f;

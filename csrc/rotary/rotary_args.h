@@ -44,9 +44,9 @@ inline Shape shape_of(const char* op, const Tensor& q, const Tensor& k, const Te
   shape.Hk = static_cast<int>(k.size(1));
   shape.D = static_cast<int>(q.size(3));
   shape.batch_positions = n == 3;
-  STD_TORCH_CHECK(0 <= prefix && prefix <= shape.L && table.size(n - 2) == shape.tokens() &&
-                      (n == 2 || table.size(0) == shape.B),
-                  op, ": the first table must cover the tokens of q behind the prefix");
+  STD_TORCH_CHECK(
+      0 <= prefix && prefix <= shape.L && table.size(n - 2) == shape.tokens() && (n == 2 || table.size(0) == shape.B),
+      op, ": the first table must cover the tokens of q behind the prefix");
   if (is_table) {
     STD_TORCH_CHECK(m == n && freqs.numel() == table.numel(), op, ": sin must have the shape of cos");
     shape.sets = 1;

@@ -22,8 +22,8 @@ constexpr int64_t block_rows = 32;   // rows whose phases are held at a time: 16
 constexpr int64_t chunk_items = 64;  // items a task rotates with them
 
 template <typename A>
-FASTRPE_HD void phases_impl(A* __restrict c, A* __restrict s, A* __restrict turn, A* __restrict rest,
-                            const A* position, const A* freqs, int C, int R, A factor, A sign) {
+FASTRPE_HD void phases_impl(A* __restrict c, A* __restrict s, A* __restrict turn, A* __restrict rest, const A* position,
+                            const A* freqs, int C, int R, A factor, A sign) {
   for (int r = 0; r < R; ++r) {
     turn[r] = rest[r] = 0;
   }
@@ -71,8 +71,8 @@ FASTRPE_HD void rotate_row(const T* __restrict x, int64_t xd, T* __restrict y, c
 // dx = R^T dy, and the derivative by the angle added to d_angle; c and s are those of the adjoint.
 template <typename T>
 FASTRPE_HD void rotate_bwd_row(const T* __restrict dy, int64_t dyd, const T* __restrict x, int64_t xd, T* __restrict dx,
-                               const acc_t<T>* __restrict c, const acc_t<T>* __restrict s,
-                               acc_t<T>* __restrict d_angle, int R, int D, int pair, int step) {
+                               const acc_t<T>* __restrict c, const acc_t<T>* __restrict s, acc_t<T>* __restrict d_angle,
+                               int R, int D, int pair, int step) {
   for (int r = 0; r < R; ++r) {
     const int i = r * step, j = i + pair;
     acc_t<T> a = dy[i * dyd], b = dy[j * dyd];
@@ -86,20 +86,20 @@ FASTRPE_HD void rotate_bwd_row(const T* __restrict dy, int64_t dyd, const T* __r
   }
 }
 
-#define FASTRPE_DEFINE(T)                                                                                             \
-  FASTRPE_CLONES void rotate_rows(const T* x, int64_t xl, int64_t xd, T* y, int64_t n, const acc_t<T>* c,             \
-                                  const acc_t<T>* s, int R, int D, int pair, int step) {                              \
-    for (int64_t i = 0; i < n; ++i) {                                                                                 \
-      rotate_row(x + i * xl, xd, y + i * D, c + i * R, s + i * R, R, D, pair, step);                                  \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  FASTRPE_CLONES void rotate_bwd_rows(const T* dy, int64_t dyl, int64_t dyd, const T* x, int64_t xl, int64_t xd,      \
-                                      T* dx, int64_t n, const acc_t<T>* c, const acc_t<T>* s, acc_t<T>* d_angle,      \
-                                      int R, int D, int pair, int step) {                                             \
-    for (int64_t i = 0; i < n; ++i) {                                                                                 \
-      rotate_bwd_row(dy + i * dyl, dyd, x + i * xl, xd, dx + i * D, c + i * R, s + i * R, d_angle + i * R, R, D,      \
-                     pair, step);                                                                                     \
-    }                                                                                                                 \
+#define FASTRPE_DEFINE(T)                                                                                              \
+  FASTRPE_CLONES void rotate_rows(const T* x, int64_t xl, int64_t xd, T* y, int64_t n, const acc_t<T>* c,              \
+                                  const acc_t<T>* s, int R, int D, int pair, int step) {                               \
+    for (int64_t i = 0; i < n; ++i) {                                                                                  \
+      rotate_row(x + i * xl, xd, y + i * D, c + i * R, s + i * R, R, D, pair, step);                                   \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  FASTRPE_CLONES void rotate_bwd_rows(const T* dy, int64_t dyl, int64_t dyd, const T* x, int64_t xl, int64_t xd,       \
+                                      T* dx, int64_t n, const acc_t<T>* c, const acc_t<T>* s, acc_t<T>* d_angle,       \
+                                      int R, int D, int pair, int step) {                                              \
+    for (int64_t i = 0; i < n; ++i) {                                                                                  \
+      rotate_bwd_row(dy + i * dyl, dyd, x + i * xl, xd, dx + i * D, c + i * R, s + i * R, d_angle + i * R, R, D, pair, \
+                     step);                                                                                            \
+    }                                                                                                                  \
   }
 FASTRPE_DEFINE(float)
 FASTRPE_DEFINE(double)

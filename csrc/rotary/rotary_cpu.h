@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cpu(const Tensor& dyq,    
                                                           const Tensor& k,          // (B, Hk, L, D)
                                                           const Tensor& positions,  // (L - prefix, C) or (B, ...)
                                                           const Tensor& freqs,      // (C, R) or (Hk, C, R)
-                                                          bool interleaved, bool inverse, double factor,
-                                                          int64_t prefix, bool need_positions, bool need_freqs);
+                                                          bool interleaved, bool inverse, double factor, int64_t prefix,
+                                                          bool need_positions, bool need_freqs);
 
 std::tuple<Tensor, Tensor> rotate_cos_sin_cpu(const Tensor& q,    // (B, H, L, D)
                                               const Tensor& k,    // (B, Hk, L, D)

@@ -41,12 +41,12 @@ template <int N, bool Interleaved>
 __device__ __forceinline__ Slot slot_of(int g, int R, int D) {
   const int rotating = slots_rotating<N>(R);
   if (g < rotating) {
-    return Interleaved ? Slot{g * N, 2 * g * N, (2 * g + 1) * N, true, true} : Slot{g * N, g * N, R + g * N, true, true};
+    return Interleaved ? Slot{g * N, 2 * g * N, (2 * g + 1) * N, true, true}
+                       : Slot{g * N, g * N, R + g * N, true, true};
   }
   const int a = 2 * R + 2 * (g - rotating) * N;
   return {0, a, a + N, false, a + N < D};
 }
-
 
 // Turns the planes held in (a, b) by their angles.
 template <bool Interleaved, typename A, int N>
@@ -242,8 +242,9 @@ __global__ void __launch_bounds__(threads, U == 4 ? 5 : 8) rotate_fwd_kernel(con
   batch.template rotate<Interleaved>(slot, copies, c, s, unused);
 }
 
-// q and k are dy. Adds up the derivatives by the angles: over a block's rows for the frequencies, over a row's planes for
-// its position. Every block writes sums of its own, added in a fixed order afterwards. Grid (row tiles, item chunks, sets).
+// q and k are dy. Adds up the derivatives by the angles: over a block's rows for the frequencies, over a row's planes
+// for its position. Every block writes sums of its own, added in a fixed order afterwards. Grid (row tiles, item
+// chunks, sets).
 template <typename T, int N, bool Interleaved>
 __global__ void __launch_bounds__(N == 1 ? 1024 : threads) rotate_bwd_kernel(const Args<T> args) {
   using A = acc_t<T>;
@@ -404,7 +405,8 @@ std::tuple<Tensor, Tensor> rotate_any(const char* op, const Tensor& q, const Ten
       args.tiles = ceil_div(shape.rows() * slots<N>(shape.R, shape.D), threads);
       const auto launch = [&](auto u, auto table) {
         const int64_t blocks = static_cast<int64_t>(args.tiles) * ceil_div(shape.items(), u);
-        STD_TORCH_CHECK(blocks < (int64_t{1} << 31), op, ": q and k are too large for one launch; rotate them in parts");
+        STD_TORCH_CHECK(blocks < (int64_t{1} << 31), op,
+                        ": q and k are too large for one launch; rotate them in parts");
         rotate_fwd_kernel<T, N, Interleaved, table, u>
             <<<dim3(blocks, 1, shape.sets), threads, 0, current_stream(q)>>>(args);
       };

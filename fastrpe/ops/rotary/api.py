@@ -64,7 +64,7 @@ def rotate(
         RoFormer (arXiv 2104.09864) eq. 15-16; STRING (arXiv 2502.02562) theorem 3.4.
     """
     op = "rotate"
-    k = _check_qk(op, q, k, prefix)
+    k = _check_qk(op, q, k, prefix, interleaved, inverse)
     L = q.shape[2] - prefix
     check_shape(op, "positions", positions, ("L", "C"), ("B", "L", "C"), B=q.shape[0], L=L)
     C = positions.shape[-1]
@@ -110,8 +110,8 @@ def rotate_cos_sin(
     Args:
         q: queries, ``(B, H, L, D)``, any strides; float16, bfloat16, float32 or float64.
         k: keys, ``(B, Hk, L, D)`` of the same dtype, ``H`` a multiple of ``Hk``; or None to rotate ``q`` alone.
-        cos: ``(L - prefix, R)`` or ``(B, L - prefix, R)``, one column per plane (Hugging Face tables repeat each column:
-            pass ``cos[..., : cos.shape[-1] // 2]``).
+        cos: ``(L - prefix, R)`` or ``(B, L - prefix, R)``, one column per plane (Hugging Face's tables repeat
+            each column: pass ``cos[..., : cos.shape[-1] // 2]``).
         sin: as ``cos``.
         interleaved: plane r is ``(2 r, 2 r + 1)``; by default it is ``(r, r + R)``.
         inverse: apply the adjoint, that is, negate ``sin``.
@@ -130,7 +130,7 @@ def rotate_cos_sin(
         RoFormer (arXiv 2104.09864) eq. 34.
     """
     op = "rotate_cos_sin"
-    k = _check_qk(op, q, k, prefix)
+    k = _check_qk(op, q, k, prefix, interleaved, inverse)
     L = q.shape[2] - prefix
     check_shape(op, "cos", cos, ("L", "R"), ("B", "L", "R"), B=q.shape[0], L=L)
     check_type(op, "sin", sin, Tensor)
@@ -146,7 +146,7 @@ def rotate_cos_sin(
     return y
 
 
-def _check_qk(op: str, q: Tensor, k: Tensor | None, prefix: int) -> Tensor:
+def _check_qk(op: str, q: Tensor, k: Tensor | None, prefix: int, interleaved: bool, inverse: bool) -> Tensor:
     check_shape(op, "q", q, ("B", "H", "L", "D"))
     check_dtype(op, "q", q)
     if k is None:
@@ -154,10 +154,13 @@ def _check_qk(op: str, q: Tensor, k: Tensor | None, prefix: int) -> Tensor:
     else:
         check_shape(op, "k", k, ("B", "Hk", "L", "D"), B=q.shape[0], L=q.shape[2], D=q.shape[3])
         check_device(op, "k", k, q.device)
-        if not torch.is_autocast_enabled(q.device.type) and k.dtype != q.dtype:
+        # Autocast, which meta tensors do not have, brings both to one dtype.
+        if k.dtype != q.dtype and not (q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type)):
             check_dtype(op, "k", k, (q.dtype,))
         if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
             raise fail(op, "k", f"have a number of heads that divides H={q.shape[1]}", k.shape[1])
+    check_type(op, "interleaved", interleaved, bool)
+    check_type(op, "inverse", inverse, bool)
     check_type(op, "prefix", prefix, int, torch.SymInt)
     if not 0 <= prefix <= q.shape[2]:
         raise fail(op, "prefix", f"lie between 0 and L={q.shape[2]}", prefix)

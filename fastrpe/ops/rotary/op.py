@@ -146,7 +146,8 @@ def _rotate_cos_sin(
 def _fuses(q: Tensor, freqs: Tensor) -> bool:
     # Tensor cores take 16-bit values; the kernel keeps a whole head's basis on chip.
     D = q.shape[-1]
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and D in (64, 128) and 2 * freqs.shape[-1] == D
+    sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and sixteen_bits and D in (64, 128) and 2 * freqs.shape[-1] == D
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def _apply(x: Tensor, basis: Tensor, adjoint: bool = False) -> Tensor:
 
 def _basis_gradient(left: Pair, right: Pair, prefix: int, basis: Tensor) -> Tensor:
     """sum_l left_l right_l^T over queries and keys, and over all heads that share a basis."""
-    total = torch.zeros_like(basis, dtype=left[0].dtype)
+    total = torch.zeros_like(basis, dtype=left[0].dtype, memory_format=torch.contiguous_format)
     for a, b in zip(left, right):
         per_head = torch.einsum("bhli,bhlj->hij", a[:, :, prefix:], b[:, :, prefix:])
         if basis.dim() == 2:
@@ -238,9 +239,7 @@ def _backward_rotate(ctx: Any, dyq: Tensor, dyk: Tensor) -> tuple[Any, ...]:
     interleaved, inverse, factor, prefix = ctx.options
     need_q, need_k, *needs = ctx.needs_input_grad[:5]
     if any(needs):
-        grads = torch.ops.fastrpe.rotate_bwd(
-            dyq, dyk, q, k, positions, freqs, basis, *ctx.options, *needs, ctx.backend
-        )
+        grads = torch.ops.fastrpe.rotate_bwd(dyq, dyk, q, k, positions, freqs, basis, *ctx.options, *needs, ctx.backend)
         found = [g if need else None for g, need in zip(grads, ctx.needs_input_grad)]
         return (*found, None, None, None, None, None)
     # A rotation's adjoint is its inverse: the same kernel, differentiable again, without the side nobody asked for.
@@ -270,25 +269,23 @@ def _backward_rotate_cos_sin(ctx: Any, dyq: Tensor, dyk: Tensor) -> tuple[Any, .
     )  # fmt: skip
     dcos = dsin = None
     if need_cos or need_sin:
-        dcos, dsin = _table_gradients(((q, dyq), (k, dyk)), cos, interleaved, prefix)
+        dcos, dsin = _table_gradients(((q, dyq), (k, dyk)), cos, interleaved, -1.0 if inverse else 1.0, prefix)
     return (
-        dq if need_q else None, dk if need_k else None, dcos if need_cos else None,
-        -dsin if need_sin and inverse else dsin if need_sin else None, *(None,) * 4,
+        dq if need_q else None, dk if need_k else None, dcos if need_cos else None, dsin if need_sin else None,
+        *(None,) * 4,
     )  # fmt: skip
 
 
-def _table_gradients(pairs: tuple[Pair, ...], cos: Tensor, interleaved: bool, prefix: int) -> Pair:
+def _table_gradients(pairs: tuple[Pair, ...], cos: Tensor, interleaved: bool, sign: float, prefix: int) -> Pair:
     """dcos = <dy, x> and dsin = <dy, J x> in each plane, summed over the heads, in differentiable PyTorch."""
-    dcos = dsin = None
+    sums = []
     for x, dy in pairs:
         a, b = reference.planes(_wide(x)[:, :, prefix:], cos.shape[-1], interleaved)
         da, db = reference.planes(_wide(dy)[:, :, prefix:], cos.shape[-1], interleaved)
-        c, s = (da * a + db * b).sum(1), (db * a - da * b).sum(1)
-        dcos, dsin = (c, s) if dcos is None else (dcos + c, dsin + s)
-    assert dcos is not None and dsin is not None
-    if cos.dim() == 2:
-        dcos, dsin = dcos.sum(0), dsin.sum(0)
-    return dcos.to(cos.dtype), dsin.to(cos.dtype)
+        sums.append(torch.stack(((da * a + db * b).sum(1), sign * (db * a - da * b).sum(1))))
+    total = sums[0] + sums[1]  # (2, B, L - prefix, R)
+    dcos, dsin = (total.sum(1) if cos.dim() == 2 else total).to(cos.dtype)
+    return dcos, dsin
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels of the rotary family and their launchers.
 
-One program holds the phases of a tile of rows and rotates with them a chunk of the vectors that share them, so that sines
-cost little and the rest is a copy. A *set* is one set of frequencies with the heads it serves.
+One program holds the phases of a tile of rows and rotates with them a chunk of the vectors that share them, so that
+sines cost little and the rest is a copy. A *set* is one set of frequencies with the heads it serves.
 """
 
 import os
@@ -32,15 +32,23 @@ def _split(x):
 
 
 @triton.jit
-def _cos_sin(turn, HARDWARE: tl.constexpr):
-    """cos and sin of an angle in turns, |turn| <= 1/2 or so; absolute error 1e-7, with HARDWARE 5e-7."""
+def _add(a, b):
+    """The sum and what it rounded off."""
+    s = a + b
+    part = s - a
+    return s, (a - (s - part)) + (b - part)
+
+
+@triton.jit
+def _cos_sin(turn, rest, HARDWARE: tl.constexpr):
+    """cos and sin of turn + rest turns, |turn| <= 1/2 and rest small; absolute error 1e-7, with HARDWARE 5e-7."""
     if HARDWARE:
-        angle = turn * 6.2831854820251465
+        angle = (turn + rest) * 6.2831854820251465
         c = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1)
         s = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1)
     else:
         half = tl.floor(2.0 * turn + 0.5)
-        r = turn - 0.5 * half  # [-1/4, 1/4]
+        r = (turn - 0.5 * half) + rest  # [-1/4, 1/4]
         sign = 1.0 - 2.0 * (half - 2.0 * tl.floor(0.5 * half))
         u = r * r
         # minimax of (sin(2 pi r) - 2 pi r) / r^3 and of (cos(2 pi r) - 1) / r^2
@@ -68,6 +76,7 @@ def _phases(
             b_f = tl.load(p_second + (i_set * C + i) * R + o_r, mask=m_r, other=0.0)
             if wide:
                 term = b_p[:, None] * b_f[None, :]
+                rest = term * 0.0
             else:
                 # Frequencies in turns, as a sum of three numbers; every product but the last is exact, so that the
                 # fraction of the phase of a position of 1e6 survives.
@@ -79,14 +88,22 @@ def _phases(
                 t0 = ph[:, None] * wa[None, :]
                 t1 = ph[:, None] * wb[None, :]
                 t2 = pl[:, None] * wa[None, :]
-                term = (t0 - tl.floor(t0 + 0.5)) + (t1 - tl.floor(t1 + 0.5)) + (t2 - tl.floor(t2 + 0.5))
-                term += pl[:, None] * wb[None, :] + b_p[:, None] * error[None, :]
-                term -= tl.floor(term + 0.5)
-            b_t = term if i == 0 else b_t + term  # noqa: F821
+                rest = pl[:, None] * wb[None, :] + b_p[:, None] * error[None, :]
+                term, lost = _add(t0 - tl.floor(t0 + 0.5), t1 - tl.floor(t1 + 0.5))
+                rest += lost
+                term, lost = _add(term - tl.floor(term + 0.5), t2 - tl.floor(t2 + 0.5))
+                rest += lost
+            if i == 0:
+                b_t, b_rest = term, rest
+            else:
+                b_t, lost = _add(b_t, term)
+                b_rest += rest + lost
+            if not wide:
+                b_t -= tl.floor(b_t + 0.5)
         if wide:
             b_c, b_s = tl.cos(b_t), tl.sin(b_t)
         else:
-            b_c, b_s = _cos_sin(b_t - tl.floor(b_t + 0.5), HARDWARE)
+            b_c, b_s = _cos_sin(b_t, b_rest, HARDWARE)
     return b_c * factor, b_s * (factor * sign)
 
 
@@ -94,24 +111,20 @@ def _phases(
 
 
 @triton.jit
-def _load_pair(p_x, d, o_r, m, R: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _load_pair(p_x, d, o_r, m, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The two coordinates of planes o_r of rows that start at p_x (BL, 1), in the type they are computed in."""
-    if INTERLEAVED:
-        a, b = tl.load(p_x + 2 * o_r[None, :] * d, mask=m, other=0.0), tl.load(p_x + (2 * o_r[None, :] + 1) * d, mask=m, other=0.0)
-    else:
-        a, b = tl.load(p_x + o_r[None, :] * d, mask=m, other=0.0), tl.load(p_x + (R + o_r[None, :]) * d, mask=m, other=0.0)
+    o_a, o_b = (2 * o_r, 2 * o_r + 1) if INTERLEAVED else (o_r, R + o_r)
+    a = tl.load(p_x + o_a[None, :] * d, mask=m, other=0.0)
+    b = tl.load(p_x + o_b[None, :] * d, mask=m, other=0.0)
     return a, b
 
 
 @triton.jit
 def _store_pair(p_y, a, b, o_r, m, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     dtype = p_y.dtype.element_ty
-    if INTERLEAVED:
-        tl.store(p_y + 2 * o_r[None, :], a.to(dtype), mask=m)
-        tl.store(p_y + 2 * o_r[None, :] + 1, b.to(dtype), mask=m)
-    else:
-        tl.store(p_y + o_r[None, :], a.to(dtype), mask=m)
-        tl.store(p_y + R + o_r[None, :], b.to(dtype), mask=m)
+    o_a, o_b = (2 * o_r, 2 * o_r + 1) if INTERLEAVED else (o_r, R + o_r)
+    tl.store(p_y + o_a[None, :], a.to(dtype), mask=m)
+    tl.store(p_y + o_b[None, :], b.to(dtype), mask=m)
 
 
 @triton.jit
@@ -122,9 +135,9 @@ def _rotate_kernel(
     L, prefix, heads, nq, rows, items,
     q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d,
     xq_b, xq_h, xq_l, xq_d, xk_b, xk_h, xk_l, xk_d,
-    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, CHUNK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, IS_TABLE: tl.constexpr, HARDWARE: tl.constexpr, BATCH_POSITIONS: tl.constexpr,
-    FREQ_GRADIENT: tl.constexpr, POSITION_GRADIENT: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    CHUNK: tl.constexpr, INTERLEAVED: tl.constexpr, IS_TABLE: tl.constexpr, HARDWARE: tl.constexpr,
+    BATCH_POSITIONS: tl.constexpr, FREQ_GRADIENT: tl.constexpr, POSITION_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_chunk, i_set = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     acc = first.dtype.element_ty
@@ -159,7 +172,7 @@ def _rotate_kernel(
                 p_x = k + o_b * k_b + i_h * k_h + o_l * k_l
                 p_y = yk + ((o_b * ((heads - nq) * tl.num_programs(2)) + i_h) * L + o_l) * D
                 x_d = k_d
-            a, b = _load_pair(p_x[:, None], x_d, o_r, m, R, BR, INTERLEAVED)
+            a, b = _load_pair(p_x[:, None], x_d, o_r, m, R, INTERLEAVED)
             wa, wb = a.to(acc), b.to(acc)
             ya, yb = wa * b_c - wb * b_s, wb * b_c + wa * b_s
             if FREQ_GRADIENT or POSITION_GRADIENT:
@@ -169,13 +182,14 @@ def _rotate_kernel(
                 else:
                     p_z = xk + o_b * xk_b + i_h * xk_h + o_l * xk_l
                     z_d = xk_d
-                za, zb = _load_pair(p_z[:, None], z_d, o_r, m, R, BR, INTERLEAVED)
+                za, zb = _load_pair(p_z[:, None], z_d, o_r, m, R, INTERLEAVED)
                 b_angle += tl.where(turns, za.to(acc) * yb - zb.to(acc) * ya, 0.0)
             ya = tl.where(turns, ya.to(a.dtype), a)
             yb = tl.where(turns, yb.to(a.dtype), b)
             _store_pair(p_y[:, None], ya, yb, o_r, m, R, INTERLEAVED)
             if 2 * R < D:
-                tl.store(p_y[:, None] + o_p[None, :], tl.load(p_x[:, None] + o_p[None, :] * x_d, mask=m_p, other=0.0), mask=m_p)
+                b_rest = tl.load(p_x[:, None] + o_p[None, :] * x_d, mask=m_p, other=0.0)
+                tl.store(p_y[:, None] + o_p[None, :], b_rest, mask=m_p)
     # Every program writes sums of its own, which are added in a fixed order afterwards.
     if FREQ_GRADIENT:
         i_part = (i_tile * tl.num_programs(1) + i_chunk) * tl.num_programs(2) + i_set

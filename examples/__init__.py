@@ -1,0 +1,1 @@
+"""Studies: one folder each, run as `python -m examples.<study> --help`."""

@@ -1,0 +1,1 @@
+"""What the studies share: data, training loop, results, plots, command-line options."""

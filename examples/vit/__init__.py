@@ -1,0 +1,1 @@
+"""Position encodings in a small Vision Transformer on MNIST and CIFAR-10."""
