@@ -22,7 +22,7 @@ peers := $(VENV)/.peers
 workers := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 endif
 pip = $(py) -m pip --quiet --quiet --disable-pip-version-check install
-native := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+native := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # A working copy is compiled for this machine's GPUs (for Hopper where there are none); a wheel for all.
 archs := $(or $(FASTRPE_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u),9.0)
 

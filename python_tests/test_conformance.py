@@ -241,16 +241,19 @@ def test_compile_inductor(op: str, device: torch.device) -> None:
     one = case(op, "transposed")
     backend = "reference" if problem("native", device.type) else "native"
 
-    def f(**arguments: Any) -> tuple[Tensor, Tensor]:
-        q, k = public(one, backend)(**arguments | dict(q=arguments["q"] * 2))
+    def around(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        q, k = op(**arguments | dict(q=arguments["q"] * 2))
         return q + 1, k.relu()
 
     arguments = one.make(device, torch.float32, 0)
     needed = floats(arguments)
     torch.compiler.reset()
-    actual = run(torch.compile(f, fullgraph=True, dynamic=True), arguments, needed)
-    for name, expected in run(f, arguments, needed).items():
-        assert_accurate(actual[name], expected, expected.double(), name=name)
+    compiled = torch.compile(lambda **a: around(public(one, backend), a), fullgraph=True, dynamic=True)
+    actual = run(compiled, arguments, needed)
+    same = run(lambda **a: around(truth(one), a), arguments, needed)
+    exact = run(lambda **a: around(truth(one), a), convert(arguments, Tensor.double), needed)
+    for name in exact:
+        assert_accurate(actual[name], same[name], exact[name], name=name)
 
 
 @one_of_each

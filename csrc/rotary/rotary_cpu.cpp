@@ -18,53 +18,73 @@ namespace fastrpe {
 namespace rotary {
 namespace {
 
-constexpr int64_t block_rows = 32;   // rows whose phases are held at a time: 16 KiB at R = 64
+constexpr int64_t block_rows = 64;   // rows whose phases are held at a time: 32 KiB at R = 64
 constexpr int64_t chunk_items = 64;  // items a task rotates with them
 
+// cos and sin, (n, R), of n positions (n, C). Until the last coordinate is added, they hold the phases instead.
 template <typename A>
-FASTRPE_HD void phases_impl(A* __restrict c, A* __restrict s, A* __restrict turn, A* __restrict rest, const A* position,
-                            const A* freqs, int C, int R, A factor, A sign) {
-  for (int r = 0; r < R; ++r) {
-    turn[r] = rest[r] = 0;
-  }
-  for (int i = 0; i < C; ++i) {
-    const A p = position[i];
-    for (int r = 0; r < R; ++r) {
-      Phase<A> phase{turn[r], rest[r]};
-      add(phase, product(p, turns(freqs[i * R + r])));
-      turn[r] = phase.turn;
-      rest[r] = phase.rest;
+FASTRPE_HD void phases_impl(A* c, A* s, const A* position, const A* freqs, int64_t n, int C, int R, A factor, A sign) {
+  for (int64_t i = 0; i < n; ++i, c += R, s += R, position += C) {
+    for (int m = 0; m < C; ++m) {
+      const A p = position[m];
+      const A* freq = freqs + m * R;
+      if (m == 0 && m == C - 1) {
+#pragma GCC ivdep
+        for (int r = 0; r < R; ++r) {
+          cos_sin(product(p, turns(freq[r])), c[r], s[r]);
+        }
+      } else {
+#pragma GCC ivdep
+        for (int r = 0; r < R; ++r) {
+          Phase<A> phase{m == 0 ? A(0) : c[r], m == 0 ? A(0) : s[r]};
+          add(phase, product(p, turns(freq[r])));
+          c[r] = phase.turn;
+          s[r] = phase.rest;
+        }
+      }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    A cr, sr;
-    cos_sin(Phase<A>{turn[r], rest[r]}, cr, sr);
-    c[r] = factor * cr;
-    s[r] = factor * sign * sr;
+    if (C > 1) {
+#pragma GCC ivdep
+      for (int r = 0; r < R; ++r) {
+        cos_sin(Phase<A>{c[r], s[r]}, c[r], s[r]);
+      }
+    }
+#pragma GCC ivdep
+    for (int r = 0; r < R; ++r) {
+      c[r] *= factor;
+      s[r] *= factor * sign;
+    }
   }
 }
 
-// One vector of an item; `pair` is the distance of a plane's two coordinates, `step` that of two planes.
+// The vectors of an item; `pair` is the distance of a plane's two coordinates, `step` that of two planes.
 template <typename T>
-FASTRPE_HD void rotate_row(const T* __restrict x, int64_t xd, T* __restrict y, const acc_t<T>* __restrict c,
-                           const acc_t<T>* __restrict s, int R, int D, int pair, int step) {
-  if (xd == 1 && step == 1) {
-    for (int r = 0; r < R; ++r) {
-      acc_t<T> a = x[r], b = x[R + r];
-      turn(a, b, c[r], s[r]);
-      y[r] = static_cast<T>(a);
-      y[R + r] = static_cast<T>(b);
-    }
-  } else {
+FASTRPE_HD void rotate_any_rows(const T* x, int64_t xl, int64_t xd, T* y, int64_t n, const acc_t<T>* c,
+                                const acc_t<T>* s, int R, int D, int pair, int step) {
+  for (int64_t i = 0; i < n; ++i, x += xl, y += D, c += R, s += R) {
     for (int r = 0; r < R; ++r) {
       acc_t<T> a = x[r * step * xd], b = x[(r * step + pair) * xd];
       turn(a, b, c[r], s[r]);
       y[r * step] = static_cast<T>(a);
       y[r * step + pair] = static_cast<T>(b);
     }
+    for (int j = 2 * R; j < D; ++j) {
+      y[j] = x[j * xd];
+    }
   }
-  for (int i = 2 * R; i < D; ++i) {
-    y[i] = x[i * xd];
+}
+
+// The same for whole heads in halves, side by side in memory: what a compiler turns into wide instructions.
+template <typename T>
+FASTRPE_HD void rotate_half_rows(const T* x, int64_t xl, T* y, int64_t n, const acc_t<T>* c, const acc_t<T>* s, int R) {
+  for (int64_t i = 0; i < n; ++i, x += xl, y += 2 * R, c += R, s += R) {
+#pragma GCC ivdep
+    for (int r = 0; r < R; ++r) {
+      acc_t<T> a = x[r], b = x[R + r];
+      turn(a, b, c[r], s[r]);
+      y[r] = static_cast<T>(a);
+      y[R + r] = static_cast<T>(b);
+    }
   }
 }
 
@@ -89,8 +109,14 @@ FASTRPE_HD void rotate_bwd_row(const T* __restrict dy, int64_t dyd, const T* __r
 #define FASTRPE_DEFINE(T)                                                                                              \
   FASTRPE_CLONES void rotate_rows(const T* x, int64_t xl, int64_t xd, T* y, int64_t n, const acc_t<T>* c,              \
                                   const acc_t<T>* s, int R, int D, int pair, int step) {                               \
-    for (int64_t i = 0; i < n; ++i) {                                                                                  \
-      rotate_row(x + i * xl, xd, y + i * D, c + i * R, s + i * R, R, D, pair, step);                                   \
+    if (xd != 1 || step != 1 || 2 * R != D) {                                                                          \
+      rotate_any_rows(x, xl, xd, y, n, c, s, R, D, pair, step);                                                        \
+    } else if (R == 32) { /* sizes known to the compiler, for the usual heads */                                       \
+      rotate_half_rows(x, xl, y, n, c, s, 32);                                                                         \
+    } else if (R == 64) {                                                                                              \
+      rotate_half_rows(x, xl, y, n, c, s, 64);                                                                         \
+    } else {                                                                                                           \
+      rotate_half_rows(x, xl, y, n, c, s, R);                                                                          \
     }                                                                                                                  \
   }                                                                                                                    \
   FASTRPE_CLONES void rotate_bwd_rows(const T* dy, int64_t dyl, int64_t dyd, const T* x, int64_t xl, int64_t xd,       \
@@ -120,10 +146,10 @@ void add_up(const A* from, A* to, int64_t outer, int64_t n, int64_t inner) {
   }
 }
 
-#define FASTRPE_DEFINE(A)                                                                                             \
-  FASTRPE_CLONES void phases(A* c, A* s, A* turn, A* rest, const A* position, const A* freqs, int C, int R, A factor, \
-                             A sign) {                                                                                \
-    phases_impl(c, s, turn, rest, position, freqs, C, R, factor, sign);                                               \
+#define FASTRPE_DEFINE(A)                                                                                      \
+  FASTRPE_CLONES void phases(A* c, A* s, const A* position, const A* freqs, int64_t n, int C, int R, A factor, \
+                             A sign) {                                                                         \
+    phases_impl(c, s, position, freqs, n, C, R, factor, sign);                                                 \
   }
 FASTRPE_DEFINE(float)
 FASTRPE_DEFINE(double)
@@ -137,23 +163,17 @@ struct Source {
   bool is_table;
   A factor, sign;
 
-  void fill(const Shape& shape, int64_t set, int64_t row, int64_t n, A* c, A* s, A* scratch) const {
-    const int R = shape.R;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t l = (row + i) % shape.L - shape.prefix;
-      if (l < 0) {
-        continue;
+  // Fills (n, R) for rows [row, row + n), which lie in one sequence, behind its prefix.
+  void fill(const Shape& shape, int64_t set, int64_t row, int64_t n, A* c, A* s) const {
+    const int R = shape.R, C = shape.C;
+    const int64_t token = row / shape.L * shape.tokens() + row % shape.L - shape.prefix;
+    if (is_table) {
+      for (int64_t i = 0; i < n * R; ++i) {
+        c[i] = first[token * R + i];
+        s[i] = sign * second[token * R + i];
       }
-      const int64_t token = (row + i) / shape.L * shape.tokens() + l;
-      if (is_table) {
-        for (int r = 0; r < R; ++r) {
-          c[i * R + r] = first[token * R + r];
-          s[i * R + r] = sign * second[token * R + r];
-        }
-      } else {
-        phases(c + i * R, s + i * R, scratch, scratch + R, first + token * shape.C, second + set * shape.C * R, shape.C,
-               R, factor, sign);
-      }
+    } else {
+      phases(c, s, first + token * C, second + set * C * R, n, C, R, factor, sign);
     }
   }
 };
@@ -237,8 +257,10 @@ std::tuple<Tensor, Tensor> rotate_any(const char* op, const Tensor& q, const Ten
     const View<T> y[2] = {output<T>(yk), output<T>(yq)};
     const int R = shape.R, D = shape.D, pair = interleaved ? 1 : R, step = interleaved ? 2 : 1;
     Plan(shape).run([&](const Task& task) {
-      std::vector<A> c(block_rows * R), s(block_rows * R), scratch(2 * R);
-      source.fill(shape, task.set, task.row, task.n, c.data(), s.data(), scratch.data());
+      std::vector<A> c(block_rows * R), s(block_rows * R);
+      if (task.row % shape.L >= shape.prefix) {
+        source.fill(shape, task.set, task.row, task.n, c.data(), s.data());
+      }
       for (int64_t i = task.item; i < task.item + task.items; ++i) {
         const Item at = item_at(shape, task, i);
         const View<const T>& from = x[at.is_query];
@@ -291,8 +313,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cpu(const Tensor& dyq, con
     std::vector<A> freq_sums(need_freqs ? shape.sets * per_set * C * R : 0);
     std::vector<A> position_sums(need_positions ? shape.sets * plan.chunks * points : 0);
     plan.run([&](const Task& task) {
-      std::vector<A> c(block_rows * R), s(block_rows * R), scratch(2 * R), d_angle(block_rows * R);
-      source.fill(shape, task.set, task.row, task.n, c.data(), s.data(), scratch.data());
+      std::vector<A> c(block_rows * R), s(block_rows * R), d_angle(block_rows * R);
+      if (task.row % shape.L >= shape.prefix) {
+        source.fill(shape, task.set, task.row, task.n, c.data(), s.data());
+      }
       const int64_t l = task.row % shape.L;
       for (int64_t i = task.item; i < task.item + task.items; ++i) {
         const Item at = item_at(shape, task, i);

@@ -475,13 +475,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cuda(const Tensor& dyq, co
       const int64_t per_thread = std::min<int64_t>(args.chunk, std::max<int64_t>(1, shape.items()));
       args.tile = at_a_time * static_cast<int>(std::max<int64_t>(1, bwd_rows / per_thread));
       const dim3 grid(ceil_div(shape.rows(), args.tile), ceil_div(shape.items(), args.chunk), shape.sets);
-      // Sums of nothing are zero.
+      // Sums of nothing are zero, as are those over no planes, which no thread would write.
       const int64_t tiles = empty ? 0 : static_cast<int64_t>(grid.x) * grid.y;
-      const int64_t chunks = empty ? 0 : static_cast<int64_t>(shape.sets) * grid.y;
+      const int64_t chunks = empty || shape.R == 0 ? 0 : static_cast<int64_t>(shape.sets) * grid.y;
       Tensor freq_sums = new_empty(q, {need_freqs ? tiles : 0, freqs.numel()}, acc);
       Tensor position_sums = new_empty(q, {need_positions ? chunks : 0, positions.numel()}, acc);
       args.freq_sums = need_freqs ? static_cast<A*>(freq_sums.mutable_data_ptr()) : nullptr;
-      args.position_sums = need_positions ? static_cast<A*>(position_sums.mutable_data_ptr()) : nullptr;
+      args.position_sums = need_positions && chunks > 0 ? static_cast<A*>(position_sums.mutable_data_ptr()) : nullptr;
       if (!empty) {
         const size_t shared = sizeof(A) * (block + static_cast<size_t>(shape.C) * at_a_time * shape.R);
         rotate_bwd_kernel<T, N, Interleaved><<<grid, block, shared, current_stream(q)>>>(args);

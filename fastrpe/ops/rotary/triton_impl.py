@@ -290,6 +290,7 @@ def _launch(
                 *q.stride(), *k.stride(), *xq.stride(), *xk.stride(),
                 D, C, R, BL, BR, max(16, triton.next_power_of_2(D - 2 * R)), chunk, interleaved, is_table,
                 _hardware(q), batch_positions, need_freqs, need_positions,
+                enable_fp_fusion=False,  # a fused product would bypass the rounding that the exact sums rely on
             )  # fmt: skip
     empty = q.new_empty(0)
     return (
