@@ -241,7 +241,7 @@ def test_compile_inductor(op: str, device: torch.device) -> None:
     one = case(op, "transposed")
     backend = "reference" if problem("native", device.type) else "native"
 
-    def around(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def around(op: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         q, k = op(**arguments | dict(q=arguments["q"] * 2))
         return q + 1, k.relu()
 

@@ -59,6 +59,8 @@ def test_groups_are_repeated_heads(
     actual = Softmax()(q, k, v, mask=m, causal=causal)
     same = Softmax()(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask=m, causal=causal)
     m = m if m is None or m.dtype == torch.bool else m.to(dtype)
+    if dtype == torch.float32:  # PyTorch may choose another kernel for repeated heads, with other last bits
+        same = plain(q, k, v, mask=m, causal=causal)[0]
     assert_accurate(actual, same, plain(q.double(), k.double(), v.double(), mask=m, causal=causal)[0])
 
 

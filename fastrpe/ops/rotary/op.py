@@ -117,8 +117,8 @@ def _rotate_bwd(
         dq, dk = _narrow(dq, q), _narrow(dk, k)
         dq[:, :, :prefix] = dyq[:, :, :prefix]
         dk[:, :, :prefix] = dyk[:, :, :prefix]
-    dp = dp.to(positions.dtype) if need_positions else empty
-    df = df.to(freqs.dtype) if need_freqs else empty
+    dp = dp.to(positions.dtype).contiguous() if need_positions else empty
+    df = df.to(freqs.dtype).contiguous() if need_freqs else empty
     return dq, dk, dp, df, db
 
 
