@@ -17,13 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, default=RESULTS, help="the folder that results are written to")
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """Modules here are bench_*.py, so that nobody takes them for tests."""
-    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
-        return pytest.Module.from_parent(parent, path=file_path)
-    return None
-
-
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> Machine:
     found = Machine(torch.device(request.config.getoption("--bench-device")))

@@ -112,12 +112,9 @@ struct Place {
   bool two;           // items
 
   Place() = default;
-  // Units run through the items first where phases are kept, and otherwise through neighbouring tokens.
-  __device__ __forceinline__ Place(const BasisArgs<T>& args, int set, uint32_t unit, bool items_first) {
+  __device__ __forceinline__ Place(const BasisArgs<T>& args, int set, uint32_t unit) {
     const Shape& shape = args.shape;
-    const uint32_t fast = items_first ? args.pairs : args.row_tiles * (shape.batch_positions ? shape.B : 1);
-    const uint32_t slow = unit / fast;
-    const uint32_t i_pair = items_first ? unit - slow * fast : slow, i_row = items_first ? slow : unit - slow * fast;
+    const uint32_t i_row = unit / args.pairs, i_pair = unit - i_row * args.pairs;
     const uint32_t sequence = i_row / args.row_tiles;
     const int heads = shape.heads(), nq = shape.query_heads(), nk = heads - nq;
     first = (i_row - sequence * args.row_tiles) * tile;
@@ -231,7 +228,7 @@ __global__ void __launch_bounds__(Memory<D, Coords>::warps * 32, 1) rotate_basis
   float* hi = reinterpret_cast<float*>(basis + Of::basis + warps * 2 * Of::stage);  // (C, R): frequencies in turns
   float* lo = hi + shape.C * R;
 
-  // A warp's units lie side by side.
+  // A warp's units lie side by side: those of one tile of tokens share its phases.
   const uint32_t share = (args.units + gridDim.x * warps - 1) / (gridDim.x * warps);
   uint32_t unit = (blockIdx.x * warps + warp) * share;
   const uint32_t end = min(unit + share, args.units);
@@ -244,7 +241,7 @@ __global__ void __launch_bounds__(Memory<D, Coords>::warps * 32, 1) rotate_basis
   const float* kept_position = nullptr;
   Place<T> place, next;
   const auto start = [&](uint32_t i_unit, uint4* stage) {
-    next = Place<T>(args, set, i_unit, keeps);
+    next = Place<T>(args, set, i_unit);
     fetch<D, Coords>(args, next, stage, lane);
   };
   if (unit < end) {

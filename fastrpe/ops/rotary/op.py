@@ -158,7 +158,7 @@ def _aligned(x: Tensor) -> Tensor:
 def _angles(q: Tensor, *xs: Tensor) -> Pair:
     # Kernels read angles in float32, and in float64 for float64.
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    a, b = (x.to(dtype).contiguous() for x in xs)
+    a, b = (x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in xs)
     return a, b
 
 
