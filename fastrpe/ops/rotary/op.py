@@ -144,10 +144,12 @@ def _rotate_cos_sin(
 
 
 def _fuses(q: Tensor, freqs: Tensor) -> bool:
-    # Tensor cores take 16-bit values; the kernel keeps a whole head's basis on chip.
+    # Tensor cores take 16-bit values; the kernel keeps a head's basis and its tiles in the 227 KiB of shared memory that
+    # compute capability 9 and 10 have.
     D = q.shape[-1]
     sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and sixteen_bits and D in (64, 128) and 2 * freqs.shape[-1] == D
+    shape = D in (64, 128) and 2 * freqs.shape[-1] == D
+    return q.is_cuda and sixteen_bits and shape and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
 def _aligned(x: Tensor) -> Tensor:
