@@ -144,8 +144,8 @@ def _rotate_cos_sin(
 
 
 def _fuses(q: Tensor, freqs: Tensor) -> bool:
-    # Tensor cores take 16-bit values; the kernel keeps a head's basis and its tiles in the 227 KiB of shared memory that
-    # compute capability 9 and 10 have.
+    # Tensor cores take 16-bit values; a head's basis and its tiles lie in the 227 KiB of shared memory that
+    # compute capabilities 9 and 10 have.
     D = q.shape[-1]
     sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
     shape = D in (64, 128) and 2 * freqs.shape[-1] == D
