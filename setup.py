@@ -49,8 +49,10 @@ def arch_flags(archs: str) -> list[str]:
     flags = []
     for arch in archs.replace(";", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
-        targets = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
-        flags += [f"-gencode=arch=compute_{number},code={target}" for target in targets]
+        real = "90a" if number == "90" else number  # Hopper's tensor cores are not in the code that others run, too
+        flags.append(f"-gencode=arch=compute_{real},code=sm_{real}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
@@ -79,7 +81,12 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / "build/ninja" / target.name, target)
+        fresh = target.with_name(f"{target.name}.{os.getpid()}")
+        try:  # never written over: a process may have the old library mapped
+            shutil.copyfile(ROOT / "build/ninja" / target.name, fresh)
+            os.replace(fresh, target)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def ninja(self, nvcc: str | None) -> None:
         torch, folder = torch_folder(), ROOT / "build/ninja"
@@ -87,7 +94,8 @@ class NinjaBuild(build_ext):
         archs = os.environ.get("FASTRPE_CUDA_ARCHS", "8.0;9.0;10.0;12.0+PTX")
         includes = ["-I../../csrc", f"-isystem {shlex.quote(str(torch / 'include'))}"]
         host = [*COMMON, *HOST, *includes]
-        device = [*COMMON, *includes, "-DUSE_CUDA", "--threads=2", *arch_flags(archs)]
+        device = [*COMMON, *includes, "-DUSE_CUDA", "--threads=2", "--expt-relaxed-constexpr"]
+        device += arch_flags(archs)
         device += [f"-ccbin={CXX.split()[-1]}", "-Xcompiler=" + ",".join(HOST)]
         step = "-MMD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc"
         # Linked to an empty libtorch.so: at run time the shim is found through the real one, whichever build it is, and

@@ -4,12 +4,17 @@
 #include "rotary/rotary_cpu.h"
 
 STABLE_TORCH_LIBRARY(fastrpe_native, m) {
+  m.def("cayley_basis(Tensor params) -> (Tensor, Tensor)");
+  m.def("cayley_basis_bwd(Tensor dy, Tensor inverse) -> Tensor");
   m.def(
       "rotate(Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, bool inverse, float factor, "
       "int prefix) -> (Tensor, Tensor)");
   m.def(
       "rotate_basis(Tensor q, Tensor k, Tensor positions, Tensor freqs, Tensor basis, bool interleaved, bool inverse, "
       "float factor, int prefix) -> (Tensor, Tensor)");
+  m.def(
+      "rotate_basis_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, Tensor basis, "
+      "bool interleaved, float factor, int prefix, bool need_freqs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "rotate_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, "
       "bool inverse, float factor, int prefix, bool need_positions, bool need_freqs) "

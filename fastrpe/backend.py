@@ -70,8 +70,9 @@ def available(device: str | torch.device) -> tuple[str, ...]:
 def resolve(op: str, device: torch.device, backend: str | None, preference: tuple[str, ...]) -> str:
     """The backend that runs: the one named, never another, or else the first of ``preference`` that is available."""
     if backend is None:
+        problems = PROBLEMS.get(device.type, {})
         for name in preference:
-            if not problem(name, device.type):
+            if problems.get(name) == "":
                 return name
         return "reference"
     check_choice(op, "backend", backend, BACKENDS)

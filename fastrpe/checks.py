@@ -16,16 +16,19 @@ def fail(op: str, argument: str, requirement: str, came: object) -> ValueError:
     return ValueError(f"{op}: {argument} must {requirement}, got {came}")
 
 
+def wrong_type(op: str, argument: str, value: object, *types: type) -> TypeError:
+    names = " or ".join(t.__name__ for t in types)
+    return TypeError(f"{op}: {argument} must be a {names}, got {type(value).__name__}")
+
+
 def check_type(op: str, argument: str, value: object, *types: type) -> None:
     if not isinstance(value, types):
-        names = " or ".join(t.__name__ for t in types)
-        raise TypeError(f"{op}: {argument} must be a {names}, got {type(value).__name__}")
+        raise wrong_type(op, argument, value, *types)
 
 
 def check_shape(op: str, argument: str, x: Tensor, *shapes: tuple[str, ...], **sizes: int) -> None:
     """Check that ``x`` has one of ``shapes``, tuples of symbols; ``sizes`` gives those that are known."""
-    if not isinstance(x, Tensor):
-        check_type(op, argument, x, Tensor)
+    check_type(op, argument, x, Tensor)
     came = x.shape
     for shape in shapes:
         if len(shape) == len(came):
@@ -34,10 +37,17 @@ def check_shape(op: str, argument: str, x: Tensor, *shapes: tuple[str, ...], **s
                     break
             else:
                 return
+    raise wrong_shape(op, argument, x, *shapes, **sizes)
+
+
+def wrong_shape(op: str, argument: str, x: object, *shapes: tuple[str, ...], **sizes: int) -> Exception:
+    """The error of `check_shape`, for hot code that compares the shape itself."""
+    if not isinstance(x, Tensor):
+        return wrong_type(op, argument, x, Tensor)
     wanted = " or ".join("(" + ", ".join(s) + ("," if len(s) == 1 else "") + ")" for s in shapes)
     used = {symbol for shape in shapes for symbol in shape}
     known = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items() if symbol in used)
-    raise fail(op, argument, f"have shape {wanted}" + (f" with {known}" if known else ""), tuple(came))
+    return fail(op, argument, f"have shape {wanted}" + (f" with {known}" if known else ""), tuple(x.shape))
 
 
 def check_dtype(op: str, argument: str, x: Tensor, dtypes: Iterable[torch.dtype] = FLOATS) -> None:

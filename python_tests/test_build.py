@@ -39,6 +39,26 @@ def test_two_libraries_whose_names_no_python_marks(build: ModuleType) -> None:
     assert names == ["fastrpe/_native_cpu.so", "fastrpe/_native_cuda.so"]
 
 
+def test_a_library_in_use_is_replaced_not_overwritten(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built = tmp_path / "build/ninja/_native_cpu.so"
+    built.parent.mkdir(parents=True)
+    built.write_bytes(b"new")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    command = build.NinjaBuild(setuptools.Distribution())
+    command.build_lib = str(tmp_path / "lib")
+    folder = tmp_path / "lib/fastrpe"
+    folder.mkdir(parents=True)
+    target = folder / "_native_cpu.so"
+    target.write_bytes(b"old")
+    with target.open("rb") as mapped:
+        command.build_extension(build.options["ext_modules"][0])
+        assert mapped.read() == b"old"
+    assert target.read_bytes() == b"new"
+    assert list(folder.iterdir()) == [target]
+
+
 def test_arch_flags(build: ModuleType) -> None:
     assert build.arch_flags("8.0;12.0+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "rotary_args.h"
@@ -20,71 +22,122 @@ namespace {
 
 constexpr int64_t block_rows = 64;   // rows whose phases are held at a time: 32 KiB at R = 64
 constexpr int64_t chunk_items = 64;  // items a task rotates with them
+constexpr int group = 4;             // items rotated at once
 
-// cos and sin, (n, R), of n positions (n, C). Until the last coordinate is added, they hold the phases instead.
+// cos and sin, (n, R), of n positions (n, C); at first they hold the phases.
 template <typename A>
 FASTRPE_HD void phases_impl(A* c, A* s, const A* position, const A* freqs, int64_t n, int C, int R, A factor, A sign) {
-  for (int64_t i = 0; i < n; ++i, c += R, s += R, position += C) {
-    for (int m = 0; m < C; ++m) {
-      const A p = position[m];
-      const A* freq = freqs + m * R;
-      if (m == 0 && m == C - 1) {
+  constexpr int width = 64;  // planes whose frequencies are held in turns at a time
+  A hi[width], lo[width];
+  for (int m = 0; m < C; ++m) {
+    for (int first = 0; first < R; first += width) {
+      const int planes = std::min(width, R - first);
 #pragma GCC ivdep
-        for (int r = 0; r < R; ++r) {
-          cos_sin(product(p, turns(freq[r])), c[r], s[r]);
-        }
-      } else {
+      for (int r = 0; r < planes; ++r) {
+        const Turns<A> w = turns(freqs[m * R + first + r]);
+        hi[r] = w.hi;
+        lo[r] = w.lo;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const A p = position[i * C + m];
+        A *turn = c + i * R + first, *rest = s + i * R + first;
+        if (m == 0) {
 #pragma GCC ivdep
-        for (int r = 0; r < R; ++r) {
-          Phase<A> phase{m == 0 ? A(0) : c[r], m == 0 ? A(0) : s[r]};
-          add(phase, product(p, turns(freq[r])));
-          c[r] = phase.turn;
-          s[r] = phase.rest;
+          for (int r = 0; r < planes; ++r) {
+            const Phase<A> phase = product(p, Turns<A>{hi[r], lo[r]});
+            turn[r] = phase.turn;
+            rest[r] = phase.rest;
+          }
+        } else {
+#pragma GCC ivdep
+          for (int r = 0; r < planes; ++r) {
+            Phase<A> phase{turn[r], rest[r]};
+            add(phase, product(p, Turns<A>{hi[r], lo[r]}));
+            turn[r] = phase.turn;
+            rest[r] = phase.rest;
+          }
         }
       }
     }
-    if (C > 1) {
+  }
 #pragma GCC ivdep
-      for (int r = 0; r < R; ++r) {
-        cos_sin(Phase<A>{c[r], s[r]}, c[r], s[r]);
-      }
-    }
-#pragma GCC ivdep
-    for (int r = 0; r < R; ++r) {
-      c[r] *= factor;
-      s[r] *= factor * sign;
-    }
+  for (int64_t i = 0; i < n * R; ++i) {
+    A cos, sin;
+    cos_sin(Phase<A>{c[i], s[i]}, cos, sin);
+    c[i] = factor * cos;
+    s[i] = factor * sign * sin;
   }
 }
 
-// The vectors of an item; `pair` is the distance of a plane's two coordinates, `step` that of two planes.
+// The vectors of an item: n rows of x, which are written side by side to y.
 template <typename T>
-FASTRPE_HD void rotate_any_rows(const T* x, int64_t xl, int64_t xd, T* y, int64_t n, const acc_t<T>* c,
-                                const acc_t<T>* s, int R, int D, int pair, int step) {
-  for (int64_t i = 0; i < n; ++i, x += xl, y += D, c += R, s += R) {
+struct Rows {
+  const T* x;
+  int64_t xl, xd;
+  T* y;
+};
+
+// `pair` is the distance of a plane's two coordinates, `step` that of two planes.
+template <typename T>
+FASTRPE_HD void rotate_any_rows(Rows<T> item, int64_t n, const acc_t<T>* c, const acc_t<T>* s, int R, int D, int pair,
+                                int step) {
+  const T* x = item.x;
+  T* y = item.y;
+  for (int64_t i = 0; i < n; ++i, x += item.xl, y += D, c += R, s += R) {
     for (int r = 0; r < R; ++r) {
-      acc_t<T> a = x[r * step * xd], b = x[(r * step + pair) * xd];
+      acc_t<T> a = x[r * step * item.xd], b = x[(r * step + pair) * item.xd];
       turn(a, b, c[r], s[r]);
       y[r * step] = static_cast<T>(a);
       y[r * step + pair] = static_cast<T>(b);
     }
     for (int j = 2 * R; j < D; ++j) {
-      y[j] = x[j * xd];
+      y[j] = x[j * item.xd];
     }
   }
 }
 
-// The same for whole heads in halves, side by side in memory: what a compiler turns into wide instructions.
-template <typename T>
-FASTRPE_HD void rotate_half_rows(const T* x, int64_t xl, T* y, int64_t n, const acc_t<T>* c, const acc_t<T>* s, int R) {
-  for (int64_t i = 0; i < n; ++i, x += xl, y += 2 * R, c += R, s += R) {
+// The same for whole heads in halves, side by side in memory: what a compiler turns into wide instructions. N items at
+// once read cos and sin once, and keep more of the memory's streams busy.
+template <int N, typename T>
+FASTRPE_HD void rotate_half_rows(const Rows<T>* items, int64_t n, const acc_t<T>* c, const acc_t<T>* s, int R) {
+  const T* x[N];
+  T* y[N];
+  for (int j = 0; j < N; ++j) {
+    x[j] = items[j].x;
+    y[j] = items[j].y;
+  }
+  for (int64_t i = 0; i < n; ++i, c += R, s += R) {
 #pragma GCC ivdep
     for (int r = 0; r < R; ++r) {
-      acc_t<T> a = x[r], b = x[R + r];
-      turn(a, b, c[r], s[r]);
-      y[r] = static_cast<T>(a);
-      y[R + r] = static_cast<T>(b);
+      const acc_t<T> cos = c[r], sin = s[r];
+      for (int j = 0; j < N; ++j) {
+        acc_t<T> a = x[j][r], b = x[j][R + r];
+        turn(a, b, cos, sin);
+        y[j][r] = static_cast<T>(a);
+        y[j][R + r] = static_cast<T>(b);
+      }
     }
+    for (int j = 0; j < N; ++j) {
+      x[j] += items[j].xl;
+      y[j] += 2 * R;
+    }
+  }
+}
+
+template <typename T>
+FASTRPE_HD void rotate_group(const Rows<T>* items, int count, int64_t n, const acc_t<T>* c, const acc_t<T>* s, int R) {
+  int done = 0;
+  if constexpr (!std::is_same_v<T, Half>) {  // whose conversions are so long that compilers give up on more than one
+    if (count == group) {
+      return rotate_half_rows<group>(items, n, c, s, R);
+    }
+    if (count >= 2) {
+      rotate_half_rows<2>(items, n, c, s, R);
+      done = 2;
+    }
+  }
+  for (; done < count; ++done) {
+    rotate_half_rows<1>(items + done, n, c, s, R);
   }
 }
 
@@ -107,16 +160,22 @@ FASTRPE_HD void rotate_bwd_row(const T* __restrict dy, int64_t dyd, const T* __r
 }
 
 #define FASTRPE_DEFINE(T)                                                                                              \
-  FASTRPE_CLONES void rotate_rows(const T* x, int64_t xl, int64_t xd, T* y, int64_t n, const acc_t<T>* c,              \
-                                  const acc_t<T>* s, int R, int D, int pair, int step) {                               \
-    if (xd != 1 || step != 1 || 2 * R != D) {                                                                          \
-      rotate_any_rows(x, xl, xd, y, n, c, s, R, D, pair, step);                                                        \
-    } else if (R == 32) { /* sizes known to the compiler, for the usual heads */                                       \
-      rotate_half_rows(x, xl, y, n, c, s, 32);                                                                         \
-    } else if (R == 64) {                                                                                              \
-      rotate_half_rows(x, xl, y, n, c, s, 64);                                                                         \
+  FASTRPE_CLONES void rotate_rows(const Rows<T>* items, int count, int64_t n, const acc_t<T>* c, const acc_t<T>* s,    \
+                                  int R, int D, int pair, int step) {                                                  \
+    bool plain = step == 1 && 2 * R == D;                                                                              \
+    for (int j = 0; j < count; ++j) {                                                                                  \
+      plain = plain && items[j].xd == 1;                                                                               \
+    }                                                                                                                  \
+    if (plain && R == 32) { /* sizes known to the compiler, for the usual heads */                                     \
+      rotate_group(items, count, n, c, s, 32);                                                                         \
+    } else if (plain && R == 64) {                                                                                     \
+      rotate_group(items, count, n, c, s, 64);                                                                         \
+    } else if (plain) {                                                                                                \
+      rotate_group(items, count, n, c, s, R);                                                                          \
     } else {                                                                                                           \
-      rotate_half_rows(x, xl, y, n, c, s, R);                                                                          \
+      for (int j = 0; j < count; ++j) {                                                                                \
+        rotate_any_rows(items[j], n, c, s, R, D, pair, step);                                                          \
+      }                                                                                                                \
     }                                                                                                                  \
   }                                                                                                                    \
   FASTRPE_CLONES void rotate_bwd_rows(const T* dy, int64_t dyl, int64_t dyd, const T* x, int64_t xl, int64_t xd,       \
@@ -257,19 +316,24 @@ std::tuple<Tensor, Tensor> rotate_any(const char* op, const Tensor& q, const Ten
     const View<T> y[2] = {output<T>(yk), output<T>(yq)};
     const int R = shape.R, D = shape.D, pair = interleaved ? 1 : R, step = interleaved ? 2 : 1;
     Plan(shape).run([&](const Task& task) {
-      std::vector<A> c(block_rows * R), s(block_rows * R);
+      const std::unique_ptr<A[]> c(new A[block_rows * R]), s(new A[block_rows * R]);
       if (task.row % shape.L >= shape.prefix) {
-        source.fill(shape, task.set, task.row, task.n, c.data(), s.data());
+        source.fill(shape, task.set, task.row, task.n, c.get(), s.get());
       }
-      for (int64_t i = task.item; i < task.item + task.items; ++i) {
-        const Item at = item_at(shape, task, i);
+      Rows<T> items[group];
+      int count = 0;
+      for (int64_t i = 0; i < task.items; ++i) {
+        const Item at = item_at(shape, task, task.item + i);
         const View<const T>& from = x[at.is_query];
         T* to = y[at.is_query].at(at.b, at.h, at.l);
         if (at.l < shape.prefix) {
           copy_rows(from, to, at, task.n, D);
-        } else {
-          rotate_rows(from.at(at.b, at.h, at.l), from.stride.l, from.stride.d, to, task.n, c.data(), s.data(), R, D,
-                      pair, step);
+          continue;
+        }
+        items[count++] = {from.at(at.b, at.h, at.l), from.stride.l, from.stride.d, to};
+        if (count == group || i + 1 == task.items) {
+          rotate_rows(items, count, task.n, c.get(), s.get(), R, D, pair, step);
+          count = 0;
         }
       }
     });

@@ -22,21 +22,26 @@ class Augment:
     shift: int = 0
     flip: bool = False
 
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:  # (3, count)
+        """For each image where its crop starts, row and column of the padded image, and whether it is mirrored."""
+        starts = torch.randint(2 * self.shift + 1, (2, count), generator=generator)
+        mirrored = torch.randint(1 + self.flip, (1, count), generator=generator)
+        return torch.cat((starts, mirrored))
+
     def __call__(
         self,
-        images: Tensor,  # (B, C, H, W)
-        generator: torch.Generator,
+        images: Tensor,  # (N, C, H, W)
+        index: Tensor,  # (B,)
+        moves: Tensor,  # (3, B), of `draw`
     ) -> Tensor:  # (B, C, H, W)
-        B, C, H, W = images.shape
-        device = images.device
-        padded = torch.nn.functional.pad(images, (self.shift,) * 4)
-        top, left = torch.randint(2 * self.shift + 1, (2, B, 1), generator=generator, device=device)
-        rows, columns = torch.arange(H, device=device), torch.arange(W, device=device).expand(B, W)
-        if self.flip:
-            mirrored = torch.randint(2, (B, 1), generator=generator, device=device).bool()
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        batch, channel = torch.arange(B, device=device)[:, None, None, None], torch.arange(C, device=device)
-        return padded[batch, channel[:, None, None], (top + rows)[:, None, :, None], (left + columns)[:, None, None]]
+        """The images ``index``, moved."""
+        C, H, W = images.shape[1:]
+        top, left, mirrored = (move[:, None, None, None] for move in moves)
+        channel, row, column = (torch.arange(n, device=images.device) for n in (C, H, W))
+        channel, row = channel[:, None, None], row[:, None] + top - self.shift
+        column = torch.where(mirrored > 0, W - 1 - column, column) + left - self.shift
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        return images[index[:, None, None, None], channel, row.clamp(0, H - 1), column.clamp(0, W - 1)] * inside
 
 
 @dataclass(frozen=True)
@@ -72,20 +77,19 @@ class Images:
     ) -> Tensor:  # (B, C, H, W) float32
         return (images.float() / 255 - self.mean) / self.std
 
-    def train_batches(
-        self, batch_size: int, epoch: int, seed: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of augmented batches, ``batch_size`` over all processes; the incomplete last one is left out.
+    def plan(self, epoch: int, seed: int) -> Tensor:  # (4, N)
+        """One epoch on the images' device: their order, and how each is moved; a function of (seed, epoch) alone."""
+        generator = _generator(seed, epoch)
+        order = torch.randperm(len(self.train_images), generator=generator)
+        moves = self.augment.draw(len(order), generator)
+        return torch.cat((order[None], moves)).to(self.train_images.device)
 
-        Order and augmentation are functions of (seed, epoch, rank) alone, so a resumed run sees the same batches.
-        """
-        device = self.train_images.device
-        # One order for all processes, which take turns; each augments with its own stream.
-        order = torch.randperm(len(self.train_images), generator=_generator("cpu", seed, epoch)).to(device)
-        generator = _generator(device, seed, epoch, 1 + rank)
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            index = order[start + rank : start + batch_size : world]
-            yield self.normalise(self.augment(self.train_images[index], generator)), self.train_labels[index]
+    def train_batch(
+        self,
+        plan: Tensor,  # (4, B), columns of `plan`
+    ) -> tuple[Tensor, Tensor]:  # (B, C, H, W), (B,)
+        index = plan[0]
+        return self.normalise(self.augment(self.train_images, index, plan[1:])), self.train_labels[index]
 
     def test_batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.test_images[rank::world], self.test_labels[rank::world]
@@ -105,7 +109,8 @@ def load(name: str, root: str | Path | None = None) -> Images:
             parts = [file[key] for key in ("train_images", "train_labels", "test_images", "test_labels")]
     elif name == "cifar10" and root is not None and (Path(root) / "cifar-10-batches-bin").is_dir():
         folder = Path(root) / "cifar-10-batches-bin"
-        parts = [*_records(sorted(folder.glob("data_batch_*.bin"))), *_records([folder / "test_batch.bin"])]
+        train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
+        parts = [*_records(train), *_records([folder / "test_batch.bin"])]
     else:
         parts = [*_torchvision(name, root, train=True), *_torchvision(name, root, train=False)]
     images, labels, test_images, test_labels = (torch.from_numpy(part) for part in parts)
@@ -117,9 +122,9 @@ def load(name: str, root: str | Path | None = None) -> Images:
     return Images(name, images, labels.long(), test_images, test_labels.long(), centre, scale, augment)
 
 
-def _generator(device: torch.device | str, *key: int) -> torch.Generator:
+def _generator(*key: int) -> torch.Generator:
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def _records(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:

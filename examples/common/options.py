@@ -5,6 +5,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from .train import COMPILE
+
 
 def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--data-root", help="local copy of the data set; without it torchvision downloads into data/")
@@ -16,7 +18,12 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--precision", choices=("no", "bf16", "fp16"), help="of autocast; by default bf16 on a GPU, no on a CPU"
     )
-    parser.add_argument("--compile", action="store_true", help="train under torch.compile")
+    parser.add_argument(
+        "--compile", choices=COMPILE, nargs="?", const="model", default="no", help="train under torch.compile"
+    )
+    parser.add_argument(
+        "--capture", action=argparse.BooleanOptionalAction, default=False, help="train each step as one CUDA graph"
+    )
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of results and plots, by default {out}")
 
 

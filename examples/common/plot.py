@@ -6,19 +6,38 @@ from typing import Any
 
 from .results import by_variant, spread
 
+# Okabe and Ito's, which people with any colour vision tell apart.
+COLOURS = {
+    "black": "#000000",
+    "grey": "#7f7f7f",
+    "blue": "#0072b2",
+    "red": "#d55e00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "orange": "#e69f00",
+    "sky": "#56b4e9",
+}
 
-def accuracy_figure(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Test accuracy over the epochs, and at the end with the time of training: mean, and spread over seeds."""
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def accuracy_figure(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Test accuracy over the epochs, and at the end with the time of training: mean, and spread over seeds."""
+    plt = pyplot()
     figure, (curves, final, cost) = plt.subplots(
         1, 3, figsize=(13, 4), layout="constrained", gridspec_kw={"width_ratios": (2, 1.2, 1.2)}
     )
     variants = by_variant(results)
-    colours = {name: f"C{i}" for i, name in enumerate(variants)}
+    palette = [colour for name, colour in COLOURS.items() if name != "black"]
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(variants)}
     lowest, labels = 100.0, []
     for place, (name, runs) in enumerate(variants.items()):
         epochs = zip(*(run["accuracy_by_epoch"] for run in runs))

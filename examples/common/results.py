@@ -1,6 +1,7 @@
 """Results of a study: one JSON file a run, and a table over seeds."""
 
 import json
+import os
 import platform
 import subprocess
 from collections import defaultdict
@@ -19,17 +20,20 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with ``-dirty`` where files differ from it; None outside git."""
+    """The commit of this checkout, with ``-dirty`` where files differ from it; FASTRPE_COMMIT names it outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FASTRPE_COMMIT")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
+    """Write at once or not at all: what reads the folder meanwhile, or after an interruption, finds no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.rename(path)
 
 
 def read(folder: Path, pattern: str = "*.json") -> list[dict[str, Any]]:

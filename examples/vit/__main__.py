@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if options.small:
         images = images.head(2000, 1000)
         config, recipe = replace(config, dim=64, depth=4, heads=4), replace(recipe, epochs=4, batch_size=50)
-    recipe = replace(recipe, epochs=options.epochs or recipe.epochs, compile=options.compile)
+    recipe = replace(recipe, epochs=options.epochs or recipe.epochs, compile=options.compile, capture=options.capture)
     runs = [(position, seed) for seed in options.seeds for position in options.positions]
     shape = f"{len(images.train_images):,} + {len(images.test_images):,} images"
     accelerator.print(f"{options.dataset}: {shape}, {recipe.epochs} epochs on {accelerator.device}, {len(runs)} runs")
@@ -91,13 +92,14 @@ def run(
     resume: bool,
 ) -> dict[str, Any]:
     """Train, time and record one model."""
+    torch.compiler.reset()  # graphs of the models before this one count against the limit on recompilations
     set_seed(seed)
     model = ViT(config)
     label = f"{config.position}, seed {seed}"
     checkpoint = path.with_suffix(".checkpoint")
     history = fit(model, images, recipe, accelerator, seed, checkpoint, resume, label)
     plain = folded = inference_ms(model, images, accelerator)
-    if config.position in ("cayley", "circulant"):
+    if config.position not in ("none", "learned", "rope", "rope-mixed"):
         model.fold()
         folded = inference_ms(model, images, accelerator)
         model.unfold()

@@ -1,16 +1,29 @@
 """A Vision Transformer whose attention takes any position encoding."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import positions as encodings
 from ..attention import Attention
 from ..checks import check_choice, check_shape, fail
-from ..positions import CayleySTRING, CirculantSTRING, RoPE, grid_positions
 
-POSITIONS = ("none", "learned", "rope", "rope-mixed", "cayley", "circulant")
+# What encodes queries and keys, with options besides its sizes. Frequencies start as rope-vit's: base 100 on the axes,
+# and 10 for mixed directions.
+ENCODINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "rope": (encodings.RoPE, {"base": 100.0}),
+    "rope-mixed": (encodings.RoPE, {"base": 10.0, "mode": "mixed", "learned": True}),
+    "cayley": (encodings.CayleySTRING, {"base": 100.0}),
+    "circulant": (encodings.CirculantSTRING, {"base": 100.0, "init": "rope"}),
+    "reflection": (encodings.ReflectionBasis, {"base": 100.0, "layers": 2, "block": 8}),
+    "reflection-rope": (encodings.ReflectionRoPE, {"base": 10.0, "mode": "mixed", "learned": True}),
+    "sparse-cayley": (encodings.SparseCayleySTRING, {"base": 100.0, "f": 0.25}),
+}
+POSITIONS = ("none", "learned", *ENCODINGS)
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class ViTConfig:
 
     ``position`` is ``"none"``, ``"learned"`` (an embedding added to the patches, interpolated at other image sizes) or
     an encoding of queries and keys by the patch's coordinates, in patches: ``"rope"`` (axial, fixed, shared by all
-    layers), ``"rope-mixed"``, ``"cayley"`` and ``"circulant"`` (learned for each layer and head).
+    layers) or another of `ENCODINGS` (learned for each layer and head). ``position_options`` go to its constructor.
     """
 
     image_size: int = 28
@@ -31,6 +44,7 @@ class ViTConfig:
     heads: int = 4
     mlp_ratio: float = 4.0
     position: str = "rope"
+    position_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     pool: str = "mean"  # or "cls", a class token
     registers: int = 0
     dropout: float = 0.0
@@ -39,6 +53,9 @@ class ViTConfig:
     def __post_init__(self) -> None:
         check_choice("ViTConfig", "position", self.position, POSITIONS)
         check_choice("ViTConfig", "pool", self.pool, ("mean", "cls"))
+        options = self.position_options
+        if options and self.position not in ENCODINGS:
+            raise fail("ViTConfig", "position_options", f"be empty for position {self.position!r}", options)
         if self.dim % self.heads:
             raise fail("ViTConfig", "dim", f"be a multiple of heads={self.heads}", self.dim)
         if self.image_size % self.patch_size:
@@ -49,7 +66,8 @@ class ViT(nn.Module):
     """Pre-norm Vision Transformer: images to class logits.
 
     Class token and registers stand before the patches and have no position. Images of another size than
-    ``config.image_size`` are accepted: coordinates continue beyond the trained grid.
+    ``config.image_size`` are accepted: coordinates continue beyond the trained grid. One random seed gives one set of
+    weights, whatever the position encoding: its draws come from a stream of their own.
     """
 
     grid: Tensor
@@ -62,47 +80,57 @@ class ViT(nn.Module):
         self.patch = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
         if self.prefix:
             self.prefix_tokens = nn.Parameter(0.02 * torch.randn(1, self.prefix, config.dim))
-        if config.position == "learned":
-            self.position_embedding = nn.Parameter(0.02 * torch.randn(1, config.dim, side, side))
-        self.register_buffer("grid", grid_positions(side, side), persistent=False)
-        shared = _position(config) if config.position == "rope" else None
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, shared or _position(config), rate) for rate in rates)
+        self.register_buffer("grid", encodings.grid_positions(side, side), persistent=False)
+        seeds = torch.randint(2**31, (config.depth,), device="cpu").tolist()
+        shared = _position(config, seeds[0]) if config.position == "rope" else None
+        self.blocks = nn.ModuleList(
+            Block(config, shared or _position(config, seed), config.drop_path * i / max(1, config.depth - 1))
+            for i, seed in enumerate(seeds)
+        )
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.classes)
+        if config.position == "learned":
+            self.position_embedding = nn.Parameter(0.02 * torch.randn(1, config.dim, side, side))
 
     def forward(
         self,
         images: Tensor,  # (B, channels, height, width)
+        positions: Tensor | None = None,  # (L, 2), of the patches; by default their column and row
     ) -> Tensor:  # (B, classes)
         patch = self.config.patch_size
         check_shape("ViT", "images", images, ("B", "channels", "height", "width"), channels=self.config.channels)
         height, width = images.shape[-2] // patch, images.shape[-1] // patch
         if images.shape[-2] % patch or images.shape[-1] % patch:
             raise fail("ViT", "images", f"have sides that are multiples of {patch}", tuple(images.shape[-2:]))
-        x = self.patch(images)
+        # Windows that do not overlap: the convolution is a product, which gives tokens their layout at once.
+        x = images.unflatten(3, (width, patch)).unflatten(2, (height, patch)).permute(0, 2, 4, 1, 3, 5)
+        x = F.linear(x.flatten(3), self.patch.weight.flatten(1), self.patch.bias)  # (B, height, width, dim)
         if self.config.position == "learned":
-            x = x + self._embedding(height, width)
-        x = x.flatten(2).mT
+            x = x + self._embedding(height, width).permute(0, 2, 3, 1)
+        x = x.flatten(1, 2)
         if self.prefix:
             x = torch.cat((self.prefix_tokens.expand(len(x), -1, -1), x), 1)
-        positions = self._positions(height, width)
+        if positions is None:
+            known = height == width == self.config.image_size // patch
+            positions = self.grid if known else encodings.grid_positions(height, width, device=x.device).to(self.grid)
         for block in self.blocks:
             x = block(x, positions, self.prefix)
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.prefix :].mean(1)
         return self.head(self.norm(x))
 
+    @property
+    def attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def fold(self) -> "ViT":
         """Absorb every position's basis into the projection weights, for inference; `unfold` undoes it."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.fold()
+        for attention in self.attentions:
+            attention.fold()
         return self
 
     def unfold(self) -> "ViT":
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.unfold()
+        for attention in self.attentions:
+            attention.unfold()
         return self
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
@@ -115,12 +143,6 @@ class ViT(nn.Module):
                 (decay if matrix and not hasattr(parameter, "_no_weight_decay") else rest).append(parameter)
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        side = self.config.image_size // self.config.patch_size
-        if (height, width) == (side, side):
-            return self.grid
-        return grid_positions(height, width, device=self.grid.device, dtype=self.grid.dtype)
-
     def _embedding(self, height: int, width: int) -> Tensor:  # (1, dim, height, width)
         table = self.position_embedding
         if table.shape[-2:] == (height, width):
@@ -130,6 +152,8 @@ class ViT(nn.Module):
 
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each after a norm and with a residual."""
+
+    drop_path: Tensor
 
     def __init__(self, config: ViTConfig, position: nn.Module | None, drop_path: float) -> None:
         super().__init__()
@@ -141,7 +165,9 @@ class Block(nn.Module):
             nn.Linear(config.dim, hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, config.dim)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.drop_path = drop_path
+        self.drops_path = config.drop_path > 0
+        # A tensor, so that blocks compiled one by one, of different rates, share their code.
+        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
 
     def forward(
         self,
@@ -155,21 +181,20 @@ class Block(nn.Module):
     def _branch(self, y: Tensor) -> Tensor:
         """Dropout, then stochastic depth: the whole branch is dropped for some images."""
         y = self.dropout(y)
-        if self.training and self.drop_path:
-            keep = y.new_empty(len(y), 1, 1).bernoulli_(1 - self.drop_path)
-            y = y * keep / (1 - self.drop_path)
+        if self.training and self.drops_path:
+            keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
+            y = y * (keep / (1 - self.drop_path)).to(y.dtype)
         return y
 
 
-def _position(config: ViTConfig) -> nn.Module | None:
-    """The encoding of one layer; frequencies start as rope-vit's, base 100 on the axes and 10 for mixed directions."""
-    size, heads = config.dim // config.heads, config.heads
-    if config.position == "rope":
-        return RoPE(size, coords=2, base=100.0)
-    if config.position == "rope-mixed":
-        return RoPE(size, coords=2, base=10.0, mode="mixed", num_heads=heads, learned=True)
-    if config.position == "cayley":
-        return CayleySTRING(size, heads, coords=2, base=100.0)
-    if config.position == "circulant":
-        return CirculantSTRING(size, heads, coords=2, init="rope", base=100.0)
-    return None
+def _position(config: ViTConfig, seed: int) -> nn.Module | None:
+    """The encoding of one layer."""
+    if config.position not in ENCODINGS:
+        return None
+    kind, defaults = ENCODINGS[config.position]
+    options = {**defaults, "generator": torch.Generator().manual_seed(seed), **config.position_options}
+    if config.position != "rope":
+        options["num_heads"] = config.heads
+    if config.position == "sparse-cayley":
+        options.setdefault("seed", seed)
+    return kind(config.dim // config.heads, coords=2, **options)

@@ -2,3 +2,4 @@
 
 from .rotary import rotate as rotate
 from .rotary import rotate_cos_sin as rotate_cos_sin
+from .sparse import sparse_cayley as sparse_cayley

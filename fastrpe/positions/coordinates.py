@@ -6,20 +6,23 @@ from torch import Tensor
 from ..checks import check_shape, check_type, fail
 
 
-def grid_positions(
-    height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Coordinates (x, y) of the patches of an image, row by row, in patch units: ``(height * width, 2)``, x the column.
+def grid_positions(*sizes: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Coordinates of the patches of an image or a volume, row by row, in patch units, x (the column) first.
 
-    Patch i has x = i % width and y = i // width.
+    Args:
+        sizes: ``height, width`` of an image, which gives (x, y), ``(height * width, 2)``, patch i at x = i % width and
+            y = i // width; or ``depth, height, width`` of a volume or a film, which gives (x, y, z),
+            ``(depth * height * width, 3)``.
     """
-    for argument, size in (("height", height), ("width", width)):
-        check_type("grid_positions", argument, size, int, torch.SymInt)
+    op = "grid_positions"
+    if len(sizes) not in (2, 3):
+        raise fail(op, "sizes", "be height, width or depth, height, width", f"{len(sizes)} numbers")
+    for argument, size in zip(("depth", "height", "width")[-len(sizes) :], sizes):
+        check_type(op, argument, size, int, torch.SymInt)
         if size < 1:
-            raise fail("grid_positions", argument, "be at least 1", size)
-    x = torch.arange(width, device=device, dtype=dtype).expand(height, width)
-    y = torch.arange(height, device=device, dtype=dtype).unsqueeze(-1).expand(height, width)
-    return torch.stack((x, y), -1).flatten(0, 1)
+            raise fail(op, argument, "be at least 1", size)
+    axes = [torch.arange(n, device=device, dtype=dtype) for n in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).flatten(0, -2)
 
 
 def packed_positions(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, fail
-from ..ops.rotary.string import cayley, circulant_freqs, circulant_params, fourier_basis, skew
+from ..ops.rotary.string import cayley_basis, circulant_freqs, circulant_params, fourier_basis
 from .frequencies import axial
 from .rope import RoPE, default_base
 from .rotary import Foldable, Rotary
@@ -79,7 +79,7 @@ class CayleySTRING(Foldable, RoPE):
         self._register("skew", self._initial_skew(generator), learned=True)
 
     def basis(self) -> Tensor:
-        return cayley(skew(self.skew))
+        return cayley_basis(self.skew)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the frequencies and S to their initial values."""

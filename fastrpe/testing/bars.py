@@ -37,3 +37,19 @@ DIFFERENT = 1e-1
 
 # 2.8.10: logits of folded projections against those that apply the basis; relative to the largest.
 FOLDED = 1e-5
+
+# 2.8.5: scores of a reflection basis whose layers cancel against RoPE's; relative to the largest.
+CANCELLED = 1e-6
+
+# 2.8.9: laws of reflections, float64; ours.
+REFLECTED = 1e-12
+
+# 2.4: tensor-STRING's scores against q.k f.f, float64, relative to the largest; ours.
+TENSOR = 1e-12
+
+# 2.8.11: standard errors between the mean of an unbiased estimator and what it estimates.
+SIGMAS = 4
+
+# 2.8.8: a sparse solver against the dense solve, float64, relative to the largest; ours. Its gradients (2.8.7).
+SPARSE = 1e-12
+SPARSE_GRADIENT = 1e-6

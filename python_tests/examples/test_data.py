@@ -2,6 +2,7 @@ import gzip
 import pickle
 import struct
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,9 @@ def test_cifar10_binary_batches(tmp_path):
     assert torch.equal(images.train_images.flatten(1), torch.from_numpy(pixels[:50]))
     assert torch.equal(images.test_images.flatten(1), torch.from_numpy(pixels[50:]))
     assert images.train_images.shape == (50, 3, 32, 32) and images.test_labels.tolist() == [*range(10)]
+    (folder / "data_batch_4.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_4.bin"):
+        load("cifar10", tmp_path)
 
 
 def test_cifar10_in_torchvision_layout(tmp_path, monkeypatch):
@@ -139,9 +143,12 @@ def test_an_unknown_data_set_is_said():
 
 
 def test_augmentation_shifts_and_mirrors_whole_images(device):
-    image = torch.arange(1, 26, dtype=torch.uint8, device=device).view(1, 1, 5, 5).repeat(400, 2, 1, 1)
-    moved = Augment(1, flip=True)(image, torch.Generator(device).manual_seed(0))
-    padded = torch.nn.functional.pad(image[:1, :1], (1,) * 4)
+    image = torch.arange(1, 26, dtype=torch.uint8, device=device).view(1, 1, 5, 5).repeat(2, 2, 1, 1)
+    image[0] += 100
+    augment = Augment(1, flip=True)
+    moves = augment.draw(400, torch.Generator().manual_seed(0)).to(device)
+    moved = augment(image, torch.ones(400, dtype=torch.int64, device=device), moves)
+    padded = torch.nn.functional.pad(image[1:, :1], (1,) * 4)
     crops = [padded[0, 0, y : y + 5, x : x + 5] for y in range(3) for x in range(3)]
     wanted = {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(-1))}
     assert {tuple(x.flatten().tolist()) for x in moved[:, 0]} == wanted
@@ -149,8 +156,8 @@ def test_augmentation_shifts_and_mirrors_whole_images(device):
 
 
 def test_no_augmentation_changes_nothing():
-    image = torch.from_numpy(numbers(3, 3, 8, 8))
-    assert torch.equal(Augment()(image, torch.Generator()), image)
+    images, index = torch.from_numpy(numbers(3, 3, 8, 8)), torch.tensor([2, 0, 2, 1])
+    assert torch.equal(Augment()(images, index, Augment().draw(4, torch.Generator())), images[index])
 
 
 def tiny(count=50):
@@ -159,25 +166,25 @@ def tiny(count=50):
     return Images("tiny", images, torch.arange(count), images, torch.arange(count), 0 * one, one / 255, Augment())
 
 
-def labels(batches):
-    return [y.tolist() for _, y in batches]
-
-
-def test_batches_depend_on_seed_and_epoch_alone():
-    images = tiny()
-    first = labels(images.train_batches(8, epoch=3, seed=1))
+def test_a_plan_depends_on_seed_and_epoch_alone():
+    images = replace(tiny(), augment=Augment(2, flip=True))
+    plan = images.plan(epoch=3, seed=1)
     torch.manual_seed(5)
-    assert labels(images.train_batches(8, epoch=3, seed=1)) == first
-    assert labels(images.train_batches(8, epoch=4, seed=1)) != first != labels(images.train_batches(8, epoch=3, seed=2))
-    assert [len(batch) for batch in first] == [8] * 6 and len({y for batch in first for y in batch}) == 48
+    assert torch.equal(images.plan(epoch=3, seed=1), plan)
+    assert not torch.equal(images.plan(epoch=4, seed=1), plan) and not torch.equal(images.plan(epoch=3, seed=2), plan)
+    assert sorted(plan[0].tolist()) == [*range(50)]
+    assert [sorted(set(row.tolist())) for row in plan[1:]] == [[*range(5)], [*range(5)], [0, 1]]
 
 
-def test_processes_share_out_each_batch():
+def test_a_batch_is_a_part_of_the_plan():
     images = tiny()
-    whole = labels(images.train_batches(8, 0, 0))
-    parts = [labels(images.train_batches(8, 0, 0, rank, 2)) for rank in range(2)]
-    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
-    seen = [y for rank in range(3) for batch in labels(images.test_batches(7, rank, 3)) for y in batch]
+    plan = images.plan(0, 0)
+    x, y = images.train_batch(plan[:, 8:16])
+    assert torch.equal(y, plan[0, 8:16]) and torch.equal(x[:, 0, 0, 0].round().long(), y)
+
+
+def test_processes_share_out_the_test_images():
+    seen = [y for rank in range(3) for _, part in tiny().test_batches(7, rank, 3) for y in part.tolist()]
     assert sorted(seen) == [*range(50)]
 
 
@@ -188,4 +195,4 @@ def test_normalise_and_head():
 
 def test_generators_differ_by_every_part_of_their_key():
     keys = [(0, 0), (0, 1), (1, 0), (0, 0, 1)]
-    assert len({data._generator("cpu", *key).initial_seed() for key in keys}) == len(keys)
+    assert len({data._generator(*key).initial_seed() for key in keys}) == len(keys)

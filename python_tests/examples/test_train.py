@@ -11,6 +11,7 @@ from examples.common import train
 from examples.common.data import Augment, load
 from examples.common.train import History, Recipe, evaluate, fit, inference_ms
 from fastrpe.models import ViT, ViTConfig
+from fastrpe.testing.asserts import PEER_ERROR, assert_within
 
 CONFIG = ViTConfig(patch_size=14, dim=16, depth=2, heads=2, position="cayley", dropout=0.2, drop_path=0.2)
 RECIPE = Recipe(epochs=4, batch_size=20)
@@ -95,26 +96,109 @@ def test_timings_are_positive_and_leave_warm_up_out(images, accelerator, monkeyp
     ticks = iter(range(1000))
     monkeypatch.setattr(train, "_now", lambda device: float(next(ticks)))
     history = fit(ViT(CONFIG), images, RECIPE, accelerator)
-    # One tick from the third of five steps to the end of the first epoch: scaled up to five steps.
-    assert history.seconds == [5 / 3, 1.0, 1.0, 1.0] and history.seconds_per_epoch == 1.0
+    # One tick from the fourth of five steps to the end of the first epoch: scaled up to five steps.
+    assert history.seconds == [5 / 2, 1.0, 1.0, 1.0] and history.seconds_per_epoch == 1.0
     assert inference_ms(ViT(CONFIG), images, accelerator) == 1e6 / 50
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_compiled_training_is_one_graph(images, precision, monkeypatch):
-    graphs = []
+@pytest.fixture
+def graphs(monkeypatch):
+    """Those that are compiled, each whole."""
+    found = []
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        found.append(graph)
         return graph
 
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compile_in_place(self, backend=backend, fullgraph=True)
     )
+    torch.compiler.reset()
+    yield found
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("compiled", ["model", "blocks"])
+def test_compiled_training_is_one_graph(images, precision, compiled, graphs):
     AcceleratorState._reset_state()
-    recipe = replace(RECIPE, epochs=2, compile=True)
-    history = fit(ViT(CONFIG), images, recipe, Accelerator(cpu=True, mixed_precision=precision))
+    recipe = replace(RECIPE, epochs=2, compile=compiled)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    for seed in range(2 if compiled == "blocks" else 1):
+        # Neither the other blocks and models nor evaluation ask for another.
+        history = fit(ViT(CONFIG), images, recipe, accelerator, seed)
+        assert len(history.accuracy) == 2 and len(graphs) == 1
     AcceleratorState._reset_state()
-    # Training, and evaluation of 50 images.
-    assert len(history.accuracy) == 2 and len(graphs) == 2
+
+
+def test_blocks_of_different_drop_rates_share_their_code(images, graphs):
+    recipe = replace(RECIPE, epochs=1, compile="blocks")
+    fit(ViT(replace(CONFIG, depth=3, drop_path=0.5)), images, recipe, Accelerator(cpu=True))
+    assert len(graphs) == 1
+
+
+def test_evaluation_comes_as_often_as_asked(images, accelerator):
+    history = fit(ViT(CONFIG), images, replace(RECIPE, eval_every=3), accelerator)
+    assert history.evaluated == [3, 4] and len(history.accuracy) == len(history.test_loss) == 2
+    assert len(history.train_loss) == len(history.seconds) == 4
+
+
+def test_the_turn_is_held_from_the_first_timed_step(images, accelerator):
+    events = []
+
+    class Turn:
+        def __enter__(self):
+            events.append("enter")
+
+        def __exit__(self, *_):
+            events.append("exit")
+
+    class Watched(ViT):
+        def forward(self, x):
+            events.append("train" if self.training else "test")
+            return super().forward(x)
+
+    fit(Watched(CONFIG), images, replace(RECIPE, epochs=1), accelerator, turn=Turn())
+    assert events == ["train"] * 3 + ["enter"] + ["train"] * 2 + ["test", "exit"]
+
+
+def test_capture_means_nothing_without_a_gpu(images, accelerator):
+    losses = []
+    for capture in (False, True):
+        set_seed(0)
+        losses.append(fit(ViT(CONFIG), images, replace(RECIPE, capture=capture), accelerator).train_loss)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["no", "blocks"])
+def test_a_captured_step_trains_as_an_eager_one(images, compiled):
+    AcceleratorState._reset_state()
+    model = replace(CONFIG, dropout=0.0, drop_path=0.0)
+    losses = []
+    for capture in (False, True):
+        set_seed(0)
+        recipe = replace(RECIPE, capture=capture, compile=compiled)
+        losses.append(torch.tensor(fit(ViT(model), images, recipe, Accelerator()).train_loss))
+    AcceleratorState._reset_state()
+    # Far less than what a batch or rate that stays the same from replay to replay would change.
+    assert_within(losses[1], losses[0], PEER_ERROR)
+
+
+@pytest.mark.gpu
+def test_a_scaled_loss_is_not_captured(images):
+    AcceleratorState._reset_state()
+    with pytest.raises(ValueError, match="fit: capture must be False unless there is one process and no scaled loss"):
+        fit(ViT(CONFIG), images, replace(RECIPE, capture=True), Accelerator(mixed_precision="fp16"))
+    AcceleratorState._reset_state()
+
+
+def test_a_batch_of_more_than_all_images_is_said(images, accelerator):
+    with pytest.raises(ValueError, match="fit: batch_size must be at most 100, the training images, got 101"):
+        fit(ViT(CONFIG), images, replace(RECIPE, batch_size=101), accelerator)
+
+
+def test_an_unknown_way_to_compile_is_said():
+    with pytest.raises(ValueError, match="Recipe: compile must be one of 'no', 'blocks', 'model', got 'all'"):
+        Recipe(compile="all")

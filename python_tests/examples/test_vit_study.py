@@ -61,7 +61,9 @@ def test_several_seeds_give_mean_and_spread(tmp_path, capsys):
 
 def test_options():
     options = study.parse(["--dataset", "cifar10", "--data-root", "x", "--seeds", "1", "2", "--compile"])
-    assert (options.dataset, options.data_root, options.seeds, options.compile) == ("cifar10", "x", [1, 2], True)
+    assert (options.dataset, options.data_root, options.seeds) == ("cifar10", "x", [1, 2])
+    assert (options.compile, options.capture) == ("model", False)
+    assert study.parse(["--compile", "blocks", "--capture"]).compile == "blocks"
     assert study.parse(["--demo", "--dataset", "cifar10"]).dataset == "mnist-small"
     with pytest.raises(SystemExit):
         study.parse(["--positions", "alibi"])

@@ -1,6 +1,7 @@
 import copy
+import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -81,15 +82,56 @@ def test_fold_changes_weights_where_there_is_a_basis(config):
     before = copy.deepcopy(model.state_dict())
     model.fold()
     changed = any(not torch.equal(x, before[name]) for name, x in model.state_dict().items() if "q_proj" in name)
-    assert changed == (config.position in ("cayley", "circulant"))
+    assert changed == (config.position not in ("none", "learned", "rope", "rope-mixed"))
 
 
 def test_layers_learn_their_own_positions():
-    for position in ("rope-mixed", "cayley", "circulant"):
+    for position in ENCODINGS[1:]:
         first, second = (block.attention.position for block in ViT(replace(SMALL, position=position)).blocks)
         assert first is not second and list(first.parameters())
     first, second = (block.attention.position for block in ViT(replace(SMALL, position="rope")).blocks)
     assert first is second and not list(first.parameters())
+
+
+def test_one_seed_gives_one_set_of_weights(config):
+    models = []
+    for c in (replace(config, position="none"), config):
+        torch.manual_seed(5)
+        models.append(ViT(c).state_dict())
+    assert all(torch.equal(models[1][name], x) for name, x in models[0].items())
+
+
+def test_layers_draw_their_own_positions():
+    model = ViT(replace(SMALL, position="sparse-cayley", position_options={"mode": "mixed"}))
+    first, second = (block.attention.position for block in model.blocks)
+    assert not torch.equal(first.freqs, second.freqs) and not torch.equal(first.pairs, second.pairs)
+
+
+@pytest.mark.parametrize(
+    "position, options, attribute",
+    [
+        ("cayley", {"mode": "mixed", "base": 10.0}, "base"),
+        ("circulant", {"block": 8}, "block"),
+        ("reflection", {"block": 4, "layers": 3}, "layers"),
+        ("sparse-cayley", {"f": 0.5, "seed": 7}, "seed"),
+        ("rope", {"base": 50.0}, "base"),
+    ],
+)
+def test_position_options_go_to_the_encoding(position, options, attribute):
+    config = replace(SMALL, position=position, position_options=options)
+    assert getattr(ViT(config).blocks[0].attention.position, attribute) == options[attribute]
+    assert hash(config) == hash(replace(SMALL, position=position)) and config != replace(SMALL, position=position)
+    assert ViTConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_positions_may_be_given(config):
+    model = trained(config, torch.float64).eval()
+    x = images(dtype=torch.float64)
+    assert torch.equal(model(x, model.grid), model(x))
+    # What is relative does not see a common shift, and all but no position see a stretch.
+    assert_within(model(x, model.grid + 3), model(x), LAW_FLOAT64)
+    stretched = model(x, 2 * model.grid)
+    assert torch.equal(stretched, model(x)) == (config.position in ("none", "learned"))
 
 
 def test_compiles_into_one_graph(config, compiler):
@@ -145,6 +187,10 @@ def test_drop_path_drops_whole_images():
     "change, message",
     [
         ({"position": "alibi"}, "ViTConfig: position must be one of 'none', 'learned', .* got 'alibi'"),
+        (
+            {"position": "learned", "position_options": {"base": 10.0}},
+            "ViTConfig: position_options must be empty for position 'learned', got {'base': 10.0}",
+        ),
         ({"pool": "max"}, "ViTConfig: pool must be one of 'mean', 'cls', got 'max'"),
         ({"heads": 3}, "ViTConfig: dim must be a multiple of heads=3, got 32"),
         ({"patch_size": 5}, "ViTConfig: image_size must be a multiple of patch_size=5, got 16"),

@@ -9,6 +9,6 @@ def encoding(request: pytest.FixtureRequest) -> nn.Module:
     return ENCODINGS[request.param]()
 
 
-@pytest.fixture(params=[name for name in ENCODINGS if name.startswith(("cayley", "circulant"))])
+@pytest.fixture(params=[name for name in ENCODINGS if name.startswith(("cayley", "circulant", "reflection"))])
 def string(request: pytest.FixtureRequest) -> nn.Module:
     return ENCODINGS[request.param]()

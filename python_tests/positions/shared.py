@@ -5,7 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastrpe.positions import CayleySTRING, CirculantSTRING, RoPE, grid_positions
+from fastrpe.positions import (
+    CayleySTRING,
+    CirculantSTRING,
+    PeriodicRoPE,
+    ReflectionBasis,
+    ReflectionRoPE,
+    RoPE,
+    grid_positions,
+)
 
 HEADS, SIZE, LENGTH = 2, 16, 12
 
@@ -36,6 +44,13 @@ ENCODINGS: dict[str, Callable[[], nn.Module]] = {
     "circulant-block-3": lambda: CirculantSTRING(
         SIZE, HEADS, coords=3, block=8, interleaved=True, init_std=0.1, generator=_draw()
     ),
+    "reflection": lambda: ReflectionBasis(SIZE, HEADS, layers=3, block=4, generator=_draw()),
+    "reflection-mixed": lambda: ReflectionBasis(SIZE, HEADS, coords=2, mode="mixed", generator=_draw()),
+    "reflection-rope": lambda: ReflectionRoPE(SIZE, num_heads=HEADS, learned=True),
+    "reflection-rope-partial-interleaved": lambda: ReflectionRoPE(
+        SIZE, num_heads=HEADS, coords=2, learned=True, rotary_dim=12, interleaved=True
+    ),
+    "periodic": lambda: PeriodicRoPE(SIZE, (None, 12.0)),
 }
 
 

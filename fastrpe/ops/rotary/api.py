@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ...backend import resolve
-from ...checks import check_device, check_dtype, check_shape, check_type, fail
+from ...checks import FLOATS, check_device, check_dtype, check_shape, check_type, fail, wrong_shape, wrong_type
 
 # Measured (bench/REPORT.md): the native kernels win on every case, on a GPU and on a CPU.
 PREFERENCE = ("native", "triton")
+INTS = (int, torch.SymInt)
 
 
 def rotate(
@@ -64,27 +65,29 @@ def rotate(
         RoFormer (arXiv 2104.09864) eq. 15-16; STRING (arXiv 2502.02562) theorem 3.4.
     """
     op = "rotate"
-    k = _check_qk(op, q, k, prefix, interleaved, inverse)
-    L = q.shape[2] - prefix
-    check_shape(op, "positions", positions, ("L", "C"), ("B", "L", "C"), B=q.shape[0], L=L)
+    k, B, H, Hk, L, D = _check_qk(op, q, k, prefix, interleaved, inverse)
+    L = L - prefix
+    if not isinstance(positions, Tensor) or positions.shape[:-1] != ((L,) if positions.dim() == 2 else (B, L)):
+        raise wrong_shape(op, "positions", positions, ("L", "C"), ("B", "L", "C"), B=B, L=L)
     C = positions.shape[-1]
     if not 1 <= C <= 4:
         raise fail(op, "positions", "have C = 1 to 4 coordinates", C)
-    heads = _heads_of(op, "freqs", freqs, q, k)
-    check_shape(op, "freqs", freqs, ("C", "R"), ("H", "C", "R"), H=heads, C=C)
-    if 2 * freqs.shape[-1] > q.shape[3]:
-        raise fail(op, "freqs", f"have at most R = D // 2 = {q.shape[3] // 2} planes", freqs.shape[-1])
-    for name, x in (("positions", positions), ("freqs", freqs)):
-        check_dtype(op, name, x)
-        check_device(op, name, x, q.device)
+    heads = Hk or _heads_of(freqs, H)
+    if not isinstance(freqs, Tensor) or freqs.shape[:-1] != ((C,) if freqs.dim() == 2 else (heads, C)):
+        raise wrong_shape(op, "freqs", freqs, ("C", "R"), ("H", "C", "R"), H=heads, C=C)
+    R = freqs.shape[-1]
+    if 2 * R > D:
+        raise fail(op, "freqs", f"have at most R = D // 2 = {D // 2} planes", R)
+    device = q.device
+    _check_table(op, "positions", positions, device)
+    _check_table(op, "freqs", freqs, device)
     if basis is not None:
-        heads = _heads_of(op, "basis", basis, q, k)
-        check_shape(op, "basis", basis, ("D", "D"), ("H", "D", "D"), H=heads, D=q.shape[3])
-        check_dtype(op, "basis", basis)
-        check_device(op, "basis", basis, q.device)
-    check_type(op, "factor", factor, float, int)
-    name = resolve(op, q.device, backend, PREFERENCE)
-    y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate(
+        check_shape(op, "basis", basis, ("D", "D"), ("H", "D", "D"), H=Hk or _heads_of(basis, H), D=D)
+        _check_table(op, "basis", basis, device)
+    if not isinstance(factor, (float, int)):
+        raise wrong_type(op, "factor", factor, float, int)
+    name = resolve(op, device, backend, PREFERENCE)
+    y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate.default(
         q, k, positions, freqs, basis, interleaved, inverse, float(factor), prefix, name
     )
     return y
@@ -130,47 +133,69 @@ def rotate_cos_sin(
         RoFormer (arXiv 2104.09864) eq. 34.
     """
     op = "rotate_cos_sin"
-    k = _check_qk(op, q, k, prefix, interleaved, inverse)
-    L = q.shape[2] - prefix
-    check_shape(op, "cos", cos, ("L", "R"), ("B", "L", "R"), B=q.shape[0], L=L)
+    k, B, _, _, L, D = _check_qk(op, q, k, prefix, interleaved, inverse)
+    check_shape(op, "cos", cos, ("L", "R"), ("B", "L", "R"), B=B, L=L - prefix)
     check_type(op, "sin", sin, Tensor)
     if sin.shape != cos.shape:
         raise fail(op, "sin", f"have the shape of cos, {tuple(cos.shape)}", tuple(sin.shape))
-    if 2 * cos.shape[-1] > q.shape[3]:
-        raise fail(op, "cos", f"have at most R = D // 2 = {q.shape[3] // 2} planes", cos.shape[-1])
-    for name, x in (("cos", cos), ("sin", sin)):
-        check_dtype(op, name, x)
-        check_device(op, name, x, q.device)
-    name = resolve(op, q.device, backend, PREFERENCE)
-    y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix, name)
+    if 2 * cos.shape[-1] > D:
+        raise fail(op, "cos", f"have at most R = D // 2 = {D // 2} planes", cos.shape[-1])
+    device = q.device
+    _check_table(op, "cos", cos, device)
+    _check_table(op, "sin", sin, device)
+    name = resolve(op, device, backend, PREFERENCE)
+    y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate_cos_sin.default(
+        q, k, cos, sin, interleaved, inverse, prefix, name
+    )
     return y
 
 
-def _check_qk(op: str, q: Tensor, k: Tensor | None, prefix: int, interleaved: bool, inverse: bool) -> Tensor:
-    check_shape(op, "q", q, ("B", "H", "L", "D"))
-    check_dtype(op, "q", q)
+def _check_qk(
+    op: str,
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor | None,  # (B, Hk, L, D)
+    prefix: int,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, int, int, int, int, int]:
+    """Keys, empty if there are none, and B, H, Hk, L, D.
+
+    Small rotations cost what their checks cost: look at a shape once, and call a check where it is going to fail.
+    """
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        raise wrong_shape(op, "q", q, ("B", "H", "L", "D"))
+    B, H, L, D = q.shape
+    device, dtype, Hk = q.device, q.dtype, 0
+    if dtype not in FLOATS:
+        check_dtype(op, "q", q)
     if k is None:
         k = q[:, :0]
     else:
-        check_shape(op, "k", k, ("B", "Hk", "L", "D"), B=q.shape[0], L=q.shape[2], D=q.shape[3])
-        check_device(op, "k", k, q.device)
+        if not isinstance(k, Tensor) or k.dim() != 4 or k.shape != (B, Hk := k.shape[1], L, D):
+            raise wrong_shape(op, "k", k, ("B", "Hk", "L", "D"), B=B, L=L, D=D)
+        if k.device != device:
+            check_device(op, "k", k, device)
         # Autocast, which meta tensors do not have, brings both to one dtype.
-        if k.dtype != q.dtype and not (q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type)):
-            check_dtype(op, "k", k, (q.dtype,))
-        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-            raise fail(op, "k", f"have a number of heads that divides H={q.shape[1]}", k.shape[1])
-    check_type(op, "interleaved", interleaved, bool)
-    check_type(op, "inverse", inverse, bool)
-    check_type(op, "prefix", prefix, int, torch.SymInt)
-    if not 0 <= prefix <= q.shape[2]:
-        raise fail(op, "prefix", f"lie between 0 and L={q.shape[2]}", prefix)
-    return k
+        if k.dtype != dtype and not (device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)):
+            check_dtype(op, "k", k, (dtype,))
+        if Hk == 0 or H % Hk:
+            raise fail(op, "k", f"have a number of heads that divides H={H}", Hk)
+    if not (isinstance(interleaved, bool) and isinstance(inverse, bool) and isinstance(prefix, INTS)):
+        check_type(op, "interleaved", interleaved, bool)
+        check_type(op, "inverse", inverse, bool)
+        check_type(op, "prefix", prefix, *INTS)
+    if not 0 <= prefix <= L:
+        raise fail(op, "prefix", f"lie between 0 and L={L}", prefix)
+    return k, B, H, Hk, L, D
 
 
-def _heads_of(op: str, argument: str, x: Tensor, q: Tensor, k: Tensor) -> int:
-    """The number of heads that a per-head ``x`` must have: the key heads, or without keys a divisor of H."""
-    if k.shape[1]:
-        return k.shape[1]
-    check_type(op, argument, x, Tensor)
-    heads = x.shape[0] if x.dim() == 3 else 1
-    return heads if heads and q.shape[1] % heads == 0 else q.shape[1]
+def _check_table(op: str, argument: str, x: Tensor, device: torch.device) -> None:
+    if x.dtype not in FLOATS or x.device != device:
+        check_dtype(op, argument, x)
+        check_device(op, argument, x, device)
+
+
+def _heads_of(x: Tensor, H: int) -> int:
+    """The number of heads that a per-head ``x`` must have where there are no keys: a divisor of H."""
+    heads = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
+    return heads if heads and H % heads == 0 else H

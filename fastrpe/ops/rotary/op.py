@@ -1,10 +1,11 @@
 """Operators of the rotary family: schemas, kernel table, fake, autograd, autocast and vmap rules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -44,8 +45,10 @@ def _rotate(
     if backend == "reference":
         return reference.rotate(q, k, positions, freqs, basis, interleaved, inverse, factor, prefix)
     positions, freqs = _angles(q, positions, freqs)
-    rotate: Callable[..., Pair] = torch.ops.fastrpe_native.rotate
-    if backend == "triton":
+    rotate: Callable[..., Pair]
+    if backend == "native":
+        rotate = torch.ops.fastrpe_native.rotate.default
+    else:
         from . import triton_impl
 
         rotate = triton_impl.rotate
@@ -53,7 +56,7 @@ def _rotate(
         return rotate(q, k, positions, freqs, interleaved, inverse, factor, prefix)
     if backend == "native" and _fuses(q, freqs):
         fused: Pair = torch.ops.fastrpe_native.rotate_basis(
-            _aligned(q), _aligned(k), positions, freqs, basis.to(q.dtype).contiguous(),
+            _aligned(q), _aligned(k), positions, freqs, _aligned(basis.to(q.dtype).contiguous()),
             interleaved, inverse, factor, prefix,
         )  # fmt: skip
         return fused
@@ -88,8 +91,10 @@ def _rotate_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, positions, freqs and basis; those of the last three are empty where not needed."""
-    empty = q.new_empty(0)
     p, f = _angles(q, positions, freqs)
+    if basis is not None and not (inverse or need_positions) and backend == "native" and _fuses(q, f):
+        needs = need_freqs, need_basis
+        return _fused_bwd(dyq, dyk, q, k, positions, freqs, basis, interleaved, factor, prefix, *needs)
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.rotate_bwd
     if backend == "native":
         bwd = torch.ops.fastrpe_native.rotate_bwd
@@ -122,6 +127,34 @@ def _rotate_bwd(
     return dq, dk, dp, df, db
 
 
+def _fused_bwd(
+    dyq: Tensor,  # (B, H, L, D)
+    dyk: Tensor,  # (B, Hk, L, D)
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, L, D)
+    positions: Tensor,  # (L - prefix, C) or (B, L - prefix, C)
+    freqs: Tensor,  # (C, R) or (Hk, C, R)
+    basis: Tensor,  # (D, D) or (Hk, D, D)
+    interleaved: bool,
+    factor: float,
+    prefix: int,
+    need_freqs: bool,
+    need_basis: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients through a basis in one pass over memory; those of freqs and basis come in parts, (sets, parts, ...)."""
+    angles = _angles(q, positions, freqs)
+    dq, dk, basis_parts, freq_parts = torch.ops.fastrpe_native.rotate_basis_bwd.default(
+        _aligned(dyq), _aligned(dyk), _aligned(q), _aligned(k), *angles, _aligned(basis.to(q.dtype).contiguous()),
+        interleaved, factor, prefix, need_freqs,
+    )  # fmt: skip
+    df, db = q.new_empty(0), q.new_empty(0)
+    if need_freqs:
+        df = freq_parts.sum(1 if freqs.dim() == 3 else (0, 1)).to(freqs.dtype)
+    if need_basis:
+        db = basis_parts.sum(1 if basis.dim() == 3 else (0, 1)).to(basis.dtype)
+    return dq, dk, q.new_empty(0), df, db
+
+
 def _rotate_cos_sin(
     q: Tensor,  # (B, H, L, D)
     k: Tensor,  # (B, Hk, L, D)
@@ -139,28 +172,32 @@ def _rotate_cos_sin(
         from . import triton_impl
 
         return triton_impl.rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix)
-    y: Pair = torch.ops.fastrpe_native.rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix)
+    y: Pair = torch.ops.fastrpe_native.rotate_cos_sin.default(q, k, cos, sin, interleaved, inverse, prefix)
     return y
 
 
 def _fuses(q: Tensor, freqs: Tensor) -> bool:
-    # Tensor cores take 16-bit values; a head's basis and its tiles lie in the 227 KiB of shared memory that
-    # compute capabilities 9 and 10 have.
+    # Hopper's tensor cores take 16-bit values, and read a head's basis where it lies in shared memory.
     D = q.shape[-1]
     sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
     shape = D in (64, 128) and 2 * freqs.shape[-1] == D
-    return q.is_cuda and sixteen_bits and shape and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return q.is_cuda and sixteen_bits and shape and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def _aligned(x: Tensor) -> Tensor:
     *outer, inner = x.stride()
-    return x if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0 else x.contiguous()
+    if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def _angles(q: Tensor, *xs: Tensor) -> Pair:
+def _angles(q: Tensor, a: Tensor, b: Tensor) -> Pair:
     # Kernels read angles in float32, and in float64 for float64.
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    a, b = (x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in xs)
+    if a.dtype != dtype or not a.is_contiguous():
+        a = a.to(dtype).contiguous()
+    if b.dtype != dtype or not b.is_contiguous():
+        b = b.to(dtype).contiguous()
     return a, b
 
 
@@ -229,7 +266,7 @@ def _(
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
-def _setup_rotate(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+def _setup_rotate(ctx: Any, inputs: Sequence[Any], output: Pair) -> None:
     q, k, positions, freqs, basis, *ctx.options, ctx.backend = inputs
     if not any(ctx.needs_input_grad[2:5]):
         q = k = None  # the adjoint needs neither: do not keep them alive
@@ -253,7 +290,7 @@ def _backward_rotate(ctx: Any, dyq: Tensor, dyk: Tensor) -> tuple[Any, ...]:
     return (dq if need_q else None, dk if need_k else None, *(None,) * 8)
 
 
-def _setup_rotate_cos_sin(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+def _setup_rotate_cos_sin(ctx: Any, inputs: Sequence[Any], output: Pair) -> None:
     q, k, cos, sin, *ctx.options, ctx.backend = inputs
     if not any(ctx.needs_input_grad[2:4]):
         q = k = None
@@ -297,11 +334,66 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("fastrpe::rotate", _backward_rotate, setup_context=_setup_rotate, lib=LIB)
-torch.library.register_autograd(
-    "fastrpe::rotate_cos_sin", _backward_rotate_cos_sin, setup_context=_setup_rotate_cos_sin, lib=LIB
-)
-torch.library.register_autograd("fastrpe::rotate_bwd", _no_double_backward, lib=LIB)
+def _setup_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    pass
+
+
+def _autograd(name: str, kernel: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """`torch.library.register_autograd` at a third of its cost a call, and without its silence in forward mode."""
+    op = getattr(torch.ops.fastrpe, name).default
+    tensors = sum("Tensor" in str(a.type) for a in op._schema.arguments)  # they come first
+
+    def below(keyset: Any, args: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset.raw_repr() in DENSE:  # the dispatcher would do no more than to call it
+                return kernel(*args)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        output = below(keyset, inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    def differentiate(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
+        return (*backward(ctx, *dy), None)
+
+    Function: Any = type(
+        f"{name}_backward",
+        (torch.autograd.Function,),
+        dict(forward=staticmethod(forward), backward=staticmethod(differentiate)),
+    )
+
+    def run(keyset: Any, *args: Any) -> Any:
+        inputs = args[:tensors]
+        if forward_ad._current_level >= 0:
+            _check_no_tangents(name, inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Function.apply(*args, keyset)
+        return below(keyset, args)
+
+    LIB.impl(name, run, "Autograd", with_keyset=True)
+
+
+def _check_no_tangents(name: str, inputs: Sequence[Tensor | None]) -> None:
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"{name}: inputs must have no forward-mode tangents, got one; only reverse mode is implemented"
+        )
+
+
+# The keys of a plain tensor's call when its autograd kernel runs: no mode, subclass, transform or lazy negation.
+DENSE = {
+    (torch._C.DispatchKeySet(dense) | torch._C.DispatchKeySet(autograd)).raw_repr()
+    for dense, autograd in (
+        (torch._C.DispatchKey.CPU, torch._C.DispatchKey.AutogradCPU),
+        (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA),
+    )
+}
+
+_autograd("rotate", _rotate, _setup_rotate, _backward_rotate)
+_autograd("rotate_cos_sin", _rotate_cos_sin, _setup_rotate_cos_sin, _backward_rotate_cos_sin)
+_autograd("rotate_bwd", _rotate_bwd, _setup_nothing, _no_double_backward)
 
 
 # Autocast: q and k go to the autocast dtype, as in scaled_dot_product_attention; angles and the basis stay -----------

@@ -11,32 +11,9 @@ import torch
 from torch import Tensor
 
 from ...checks import fail
-
-
-def skew(params: Tensor) -> Tensor:
-    """The skew-symmetric S (..., d, d) with ``params`` (..., d (d - 1) / 2) above its diagonal, by rows."""
-    entries = params.shape[-1]
-    size = (1 + math.isqrt(1 + 8 * entries)) // 2
-    if size * (size - 1) // 2 != entries:
-        raise fail("skew", "params", "have d (d - 1) / 2 entries for some d", entries)
-    row, column = torch.triu_indices(size, size, 1, device=params.device).unbind()
-    upper = params.new_zeros(*params.shape[:-1], size, size)
-    upper[..., row, column] = params
-    return upper - upper.mT
-
-
-def cayley(S: Tensor) -> Tensor:
-    """The orthogonal P = (I - S)(I + S)^{-1} = 2 (I + S)^{-1} - I of a skew-symmetric S, both (..., d, d).
-
-    I + S is never singular (its eigenvalues are 1 +- i lambda), but its condition number grows as |S|: the inverse is
-    taken in float64, which autocast leaves alone, and keeps P^T P = I to float32's rounding for |S| of 1000 and more.
-    """
-    eye = torch.eye(S.shape[-1], dtype=torch.float64, device=S.device)
-    # The inverse rather than a solve: its derivative is two products, not two triangular solves. And inv_ex rather than
-    # inv, which reads its error flag back from the device.
-    inverse: Tensor = torch.linalg.inv_ex(eye + S.double())[0]
-    P = 2 * inverse - eye
-    return P if S.dtype == torch.float64 else P.float()
+from ..cayley import cayley_basis as cayley_basis
+from ..cayley.reference import cayley as cayley
+from ..cayley.reference import skew as skew
 
 
 def fourier_basis(

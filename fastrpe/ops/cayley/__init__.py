@@ -1,0 +1,2 @@
+from . import op as op
+from .api import cayley_basis as cayley_basis
