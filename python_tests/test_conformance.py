@@ -26,7 +26,8 @@ from fastrpe.testing.conformance import (
     upstream,
 )
 
-PUBLIC = sorted(n for n, f in vars(fastrpe.ops).items() if inspect.isfunction(f))
+# Ops on queries and keys. The solvers of sparse_cayley are its backends, so its conformance is in its own tests.
+PUBLIC = sorted({n for n, f in vars(fastrpe.ops).items() if inspect.isfunction(f)} - {"sparse_cayley"})
 TINY = cases(None, "tiny")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

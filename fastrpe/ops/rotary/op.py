@@ -1,5 +1,6 @@
 """Operators of the rotary family: schemas, kernel table, fake, autograd, autocast and vmap rules."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,7 +182,12 @@ def _fuses(q: Tensor, freqs: Tensor) -> bool:
     D = q.shape[-1]
     sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
     shape = D in (64, 128) and 2 * freqs.shape[-1] == D
-    return q.is_cuda and sixteen_bits and shape and torch.cuda.get_device_capability(q.device)[0] == 9
+    return q.is_cuda and sixteen_bits and shape and _is_hopper(q.get_device())
+
+
+@functools.cache  # asking takes longer than a launch
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _aligned(x: Tensor) -> Tensor:
