@@ -204,6 +204,19 @@ def test_threads_do_not_change_bits(threads: int, solver: str) -> None:
         torch.set_num_threads(before)
 
 
+def test_large_heads_with_threads_of_their_own(solver: str) -> None:
+    """PyTorch's batched LU is wrong here, without an error: pytorch/pytorch#142815."""
+    size = 160
+    pairs, theta = _pairs(size, size), _normal(HEADS, size)
+    eye, before = torch.eye(size, dtype=torch.float64), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        P = sparse_cayley(eye.expand(HEADS, -1, -1), theta, pairs, solver=solver)
+    finally:
+        torch.set_num_threads(before)
+    assert (P @ P.mT - eye).abs().max() <= ORTHOGONAL[torch.float64]
+
+
 # PyTorch's machinery -------------------------------------------------------------------------------------------------
 
 

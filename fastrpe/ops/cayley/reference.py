@@ -44,7 +44,11 @@ def inverse(
     eye = torch.eye(S.shape[-1], dtype=torch.float64, device=S.device)
     # The inverse rather than a solve: its derivative is two products, not two triangular solves. And inv_ex rather than
     # inv, which reads its error flag back from the device.
-    X: Tensor = torch.linalg.inv_ex(eye + S.double())[0]
+    A = eye + S.double()
+    if A.device.type == "cpu" and A.shape[-1] > 128 and A.shape[:-2].numel() > 1:
+        # One by one: PyTorch may spoil a batch of large matrices on a CPU (pytorch/pytorch#142815).
+        return torch.stack([torch.linalg.inv_ex(one)[0] for one in A.flatten(0, -3)]).view_as(A)
+    X: Tensor = torch.linalg.inv_ex(A)[0]
     return X
 
 

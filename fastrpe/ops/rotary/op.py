@@ -383,9 +383,7 @@ def _autograd(name: str, kernel: Callable[..., Any], setup: Callable[..., None],
 
 def _check_no_tangents(name: str, inputs: Sequence[Tensor | None]) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            f"{name}: inputs must have no forward-mode tangents, got one; only reverse mode is implemented"
-        )
+        raise NotImplementedError(f"{name}: inputs must have no forward-mode tangents, got one; use reverse mode")
 
 
 # The keys of a plain tensor's call when its autograd kernel runs: no mode, subclass, transform or lazy negation.

@@ -86,8 +86,7 @@ def fastest(device_type: str, size: int, count: int, heads: int, tokens: int) ->
     """The solver that ``"auto"`` takes for K = ``count`` pairs placed at random and so many tokens of each head.
 
     On a CPU sparse LU or a matrix, whichever should take less time forward and backward: nanoseconds for each token, on
-    two cores, fitted to examples/string_vit/results/solvers-cpu.json. The other solvers win nowhere there. A GPU makes
-    the matrix and multiplies by it faster than it walks through factors.
+    two cores, fitted to examples/string_vit/results/solvers-cpu-fit.json. A GPU takes the matrix, by estimate.
     """
     if device_type != "cpu" or problem("lu", "cpu"):
         return "matrix"
@@ -95,6 +94,6 @@ def fastest(device_type: str, size: int, count: int, heads: int, tokens: int) ->
     each = count / size
     # Elimination fills a random graph in from about one pair for each coordinate on.
     fill = min(size * (size - 1) / 2, count + max(0.0, (each - 1.2) / (each + 8)) * size**2 / 2)
-    lu = 0.62 * fill + 0.8 * size + 0.8 * fill**2 / (size * tokens)
-    matrix = 0.036 * size**2 + (0.164 * size**3 + 300_000 / heads) / tokens
+    lu = 0.62 * fill + 0.88 * size + fill**2 / (size * tokens)
+    matrix = 0.0344 * size**2 + (0.18 * size**3 + 377_000 / heads) / tokens
     return "lu" if lu < matrix else "matrix"

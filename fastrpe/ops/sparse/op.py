@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from .pattern import patterns_of
-from .solvers import SOLVERS
+from .solvers import SOLVERS, sampled_product
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
 LIB.define("sparse_cayley(Tensor x, Tensor theta, Tensor pairs, bool inverse, str solver) -> Tensor")
 LIB.define(
     "sparse_cayley_bwd(Tensor dy, Tensor x, Tensor theta, Tensor pairs, bool inverse, str solver) -> (Tensor, Tensor)"
 )
-
-# Numbers gathered at a time for the sums over tokens that give dtheta: 8 MiB of each factor.
-GATHERED = 1 << 20
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -61,28 +58,20 @@ def _sparse_cayley_bwd(
     solve = SOLVERS[solver](theta.double(), pairs, x.shape[-1])
     wide = _by_head(dy, len(theta))
     u, w = solve(_by_head(x, len(theta)), inverse), solve(wide, not inverse)
-    sums = _sampled_product(*((u, w) if inverse else (w, u)), pairs, dense=solver == "dense")
+    product = _dense_product if solver == "dense" else sampled_product
+    sums = product(*((u, w) if inverse else (w, u)), pairs)
     return _by_token(2 * w - wide, x), (-2 * sums).to(theta.dtype)
 
 
-def _sampled_product(
+def _dense_product(
     left: Tensor,  # (H, N, D)
     right: Tensor,  # (H, N, D)
     pairs: Tensor,  # (K, 2) or (H, K, 2)
-    dense: bool,
 ) -> Tensor:
-    """sum over n of left_a right_b - left_b right_a for each pair (a, b), (H, K)."""
-    H, N, D = left.shape
-    pairs = pairs.expand(H, -1, -1)
-    if dense:
-        product, (a, b) = (left.mT @ right).flatten(1), pairs.unbind(-1)
-        return product.gather(1, a * D + b) - product.gather(1, b * D + a)
-    left, right, head = left.mT.contiguous(), right.mT.contiguous(), torch.arange(H, device=left.device).unsqueeze(-1)
-    parts = []
-    for some in pairs.split(max(1, GATHERED // (H * N)), 1):
-        a, b = some.unbind(-1)
-        parts.append((left[head, a] * right[head, b] - left[head, b] * right[head, a]).sum(-1))
-    return torch.cat(parts, 1)
+    """As `sampled_product`, from all products."""
+    H, _, D = left.shape
+    product, (a, b) = (left.mT @ right).flatten(1), pairs.expand(H, -1, -1).unbind(-1)
+    return product.gather(1, a * D + b) - product.gather(1, b * D + a)
 
 
 def _native(theta: Tensor, pairs: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -162,7 +162,7 @@ def _version(pairs: Tensor) -> int:
     return 0 if pairs.is_inference() else pairs._version
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _pattern(size: int, flat: tuple[int, ...]) -> Pattern:
     return Pattern(size, list(zip(flat[::2], flat[1::2])))
 

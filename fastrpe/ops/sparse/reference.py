@@ -14,9 +14,13 @@ def sparse_cayley(
     wide = x if x.dtype == torch.float64 else x.float()
     eye = torch.eye(x.shape[-1], dtype=wide.dtype, device=x.device)
     system = eye + skew(theta.to(wide.dtype), pairs, x.shape[-1])
-    system = system.repeat_interleave(x.shape[-3] // len(theta), 0)
-    u: Tensor = torch.linalg.solve(system.mT if inverse else system, wide.mT)
-    return (2 * u.mT - wide).to(x.dtype)
+    if inverse:
+        system = system.mT
+    group = x.shape[-3] // len(theta)
+    # Head by head: PyTorch may spoil a batch of large matrices on a CPU (pytorch/pytorch#142815).
+    parts = [torch.linalg.solve(A, part.mT).mT for A, part in zip(system, wide.unflatten(-3, (-1, group)).unbind(-4))]
+    u = torch.cat(parts, -3)
+    return (2 * u - wide).to(x.dtype)
 
 
 def skew(

@@ -41,7 +41,7 @@ def basis(theta: Tensor, pairs: Tensor, size: int) -> Tensor:
     place = low * (2 * size - low - 1) // 2 + high - low - 1  # among the entries above the diagonal, by rows
     upper = torch.where(pairs[..., 0] < pairs[..., 1], theta, -theta)
     params = theta.new_zeros(len(theta), size * (size - 1) // 2).scatter(1, place.expand(theta.shape), upper)
-    return cayley_basis(params)
+    return torch.cat([cayley_basis(some) for some in _batches(params, size)])
 
 
 def matrix(x: Tensor, theta: Tensor, pairs: Tensor, inverse: bool) -> Tensor:
@@ -57,7 +57,8 @@ def matrix(x: Tensor, theta: Tensor, pairs: Tensor, inverse: bool) -> Tensor:
 
 def dense(theta: Tensor, pairs: Tensor, size: int) -> Solve:
     """Batched dense LU with partial pivoting."""
-    factors, pivots, _ = torch.linalg.lu_factor_ex(_system(skew(theta, pairs, size)))
+    parts = zip(*(torch.linalg.lu_factor_ex(A)[:2] for A in _batches(_system(skew(theta, pairs, size)))))
+    factors, pivots = (torch.cat(part) for part in parts)
 
     def solve(x: Tensor, adjoint: bool) -> Tensor:
         u: Tensor = torch.linalg.lu_solve(factors, pivots, x.mT, adjoint=adjoint)
@@ -76,7 +77,8 @@ def components(theta: Tensor, pairs: Tensor, size: int) -> Solve:
             S = theta.new_zeros(len(theta[heads]), n, m, m)
             component, row, column = group.places
             S[:, component, row, column] = theta[heads][:, group.entries]
-            parts.append((heads, group.vertices.flatten(), torch.linalg.inv_ex(_system(S - S.mT))[0]))
+            inverse = torch.cat([torch.linalg.inv_ex(A)[0] for A in _batches(_system(S - S.mT).flatten(0, 1))])
+            parts.append((heads, group.vertices.flatten(), inverse.unflatten(0, S.shape[:2])))
 
     def solve(x: Tensor, adjoint: bool) -> Tensor:
         u = x.clone(memory_format=torch.contiguous_format)
@@ -171,24 +173,63 @@ def cudss(theta: Tensor, pairs: Tensor, size: int) -> Solve:
     return solve
 
 
+def _batches(
+    x: Tensor,  # (n, ...)
+    size: int | None = None,
+) -> list[Tensor]:
+    """The matrices (D, D) that PyTorch may factorise together: on a CPU a large one goes alone.
+
+    With MKL and after torch.set_num_threads, a batch of them is factorised by threads that spoil each other's pivots,
+    and the result is wrong without an error (pytorch/pytorch#142815, seen from D = 151 on).
+    """
+    alone = x.device.type == "cpu" and (size or x.shape[-1]) > 128
+    return list(x.split(1)) if alone else [x]
+
+
 def _system(S: Tensor) -> Tensor:
     return torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) + S
 
 
+def sampled_product(
+    left: Tensor,  # (H, N, D)
+    right: Tensor,  # (H, N, D)
+    pairs: Tensor,  # (K, 2) or (H, K, 2)
+) -> Tensor:
+    """sum over n of left_a right_b - left_b right_a for each pair (a, b), (H, K): no other product is computed."""
+    H, _, D = left.shape
+    K = pairs.shape[-2]
+    start, column, order = _structure(pairs, H, D)
+    empty = _csr(start, column, left.new_zeros(2 * H * K), H * D)
+    rows = left.mT.reshape(H * D, -1), right.mT.reshape(H * D, -1)
+    found: Tensor = torch.sparse.sampled_addmm(empty, rows[0], rows[1].mT, beta=0.0).values()
+    both = torch.empty_like(found).scatter(0, order, found).view(2, H, K)
+    return both[0] - both[1]
+
+
 def _sparse(theta: Tensor, pairs: Tensor, size: int, *, sign: int = 1, identity: bool = False) -> Tensor:
     """All heads' S as the blocks of one matrix (H D, H D) in CSR, made where theta is; or -S, or I + S, or I - S."""
-    n, device = len(theta) * size, theta.device
-    diagonal = torch.arange(n * identity, device=device)
-    first = size * torch.arange(len(theta), device=device)[:, None, None]
-    a, b = (first + pairs).flatten(0, 1).unbind(-1)
-    row, column = torch.cat((diagonal, a, b)), torch.cat((diagonal, b, a))
-    order = (row * n + column).argsort()
-    start = torch.searchsorted(row[order], torch.arange(n + 1, device=device))
+    n = len(theta) * size
+    start, column, order = _structure(pairs, len(theta), size, identity)
     upper = sign * theta.flatten()
-    values = torch.cat((torch.ones_like(diagonal, dtype=theta.dtype), upper, -upper))[order]
+    values = torch.cat((upper, -upper, upper.new_ones(n * identity)))
+    return _csr(start, column, values[order], n)
+
+
+def _structure(pairs: Tensor, heads: int, size: int, identity: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Row starts and columns of that matrix, and which of all (a, b), all (b, a) and the diagonal each entry is."""
+    n, device = heads * size, pairs.device
+    first = size * torch.arange(heads, device=device)[:, None, None]
+    a, b = (first + pairs).flatten(0, 1).unbind(-1)
+    diagonal = torch.arange(n * identity, device=device)
+    row, column = torch.cat((a, b, diagonal)), torch.cat((b, a, diagonal))
+    order = (row * n + column).argsort()
+    return torch.searchsorted(row[order], torch.arange(n + 1, device=device)), column[order], order
+
+
+def _csr(start: Tensor, column: Tensor, values: Tensor, size: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # CSR is in beta
-        return torch.sparse_csr_tensor(start, column[order], values, size=(n, n))
+        return torch.sparse_csr_tensor(start, column, values, size=(size, size))
 
 
 # By name. The native library's "lu", for the CPU, is an operator and not a function of these arguments: see op.py.
