@@ -6,51 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_shape, check_type, fail
-from ..ops import rotate
+from ..checks import check_choice, check_shape, fail
 from ..ops.rotary.reflection import plane_signs, reflect, reflection_basis
 from .rope import RoPE
-from .rotary import Foldable, Rotary
+from .rotary import Foldable
 from .string import normal
 
 
-class _TokenWise(Foldable, RoPE):
-    """Applies the basis to the tokens, and then `rotate` without one, where that costs less."""
-
-    def forward(
-        self,
-        q: Tensor,  # (B, H, L, D)
-        k: Tensor | None,  # (B, Hk, L, D)
-        positions: Tensor | None = None,  # (L - prefix, C) or (B, L - prefix, C)
-        *,
-        offset: int = 0,
-        prefix: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        if self.folded or not isinstance(q, Tensor) or not self._goes_by_tokens(q):
-            return super().forward(q, k, positions, offset=offset, prefix=prefix)
-        length = check_call(self, q, offset, prefix)
-        positions = self._positions(q, positions, offset, length)
-        q, k = self._apply_basis(q, k, prefix)
-        return rotate(
-            q,
-            k,
-            positions,
-            self.frequencies(length + offset),
-            interleaved=self.interleaved,
-            factor=self.factor,
-            prefix=prefix,
-            backend=self.backend,
-        )
-
-    def _goes_by_tokens(self, q: Tensor) -> bool:
-        raise NotImplementedError
-
-    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None]:
-        """P q and P k, without a change to the first ``prefix`` tokens."""
-        raise NotImplementedError
-
-
-class ReflectionBasis(_TokenWise):
+class ReflectionBasis(Foldable, RoPE):
     r"""STRING whose basis is a product of reflections in disjoint blocks of coordinates: no linear solve.
 
     .. math:: q'_i = \mathrm{RoPE}(r_i) \, P q_i, \quad k'_j = \mathrm{RoPE}(r_j) \, P k_j, \qquad
@@ -93,6 +56,7 @@ class ReflectionBasis(_TokenWise):
         STRING (arXiv 2502.02562) theorem 3.4, with another parametrisation of its P.
     """
 
+    basis_parameter = "v"
     num_heads: int
     v: nn.Parameter
 
@@ -170,7 +134,9 @@ class ReflectionBasis(_TokenWise):
         faster = 64 * self.layers * (1 + 8 / self.block) <= 3 * self.head_dim
         return faster and wide and q.device.type == "cpu"
 
-    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None]:
+    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not self._goes_by_tokens(q):
+            return super()._apply_basis(q, k, prefix)
         if k is not None:  # as `rotate` checks a basis
             check_shape("ReflectionBasis", "k", k, ("B", "Hk", "L", "D"), B=q.shape[0], L=q.shape[2], D=self.head_dim)
             check_shape("ReflectionBasis", "v", self.v, ("H", "K", "D"), H=k.shape[1], D=self.head_dim)
@@ -179,21 +145,14 @@ class ReflectionBasis(_TokenWise):
             y = reflect(x[:, :, prefix:], self.v, self.block, self.shuffles)
             return torch.cat((x[:, :, :prefix], y), 2) if prefix else y
 
-        return apply(q), None if k is None else apply(k)
-
-    def _check_folded(self) -> None:
-        if self.training and torch.is_grad_enabled() and self.v.requires_grad:
-            raise RuntimeError(
-                "ReflectionBasis: the basis must not be folded while it trains, got forward in training mode with "
-                "gradients after fold_into; call unfold_from or eval"
-            )
+        return apply(q), None if k is None else apply(k), None
 
     def _describe(self) -> list[str]:
         parts = [*super()._describe(), f"layers={self.layers}", f"block={self.block}", f"init={self.init!r}"]
         return parts if self.shuffle else [*parts, "shuffle=False"]
 
 
-class ReflectionRoPE(_TokenWise):
+class ReflectionRoPE(Foldable, RoPE):
     r"""RoPE whose rotations of planes are replaced with reflections.
 
     .. math:: q'_i = \mathrm{Ref}(r_i) \, q_i, \quad k'_j = \mathrm{Ref}(r_j) \, k_j, \qquad
@@ -239,12 +198,14 @@ class ReflectionRoPE(_TokenWise):
         fuses = q.is_cuda and sixteen_bits and self.head_dim == self.rotary_dim and self.head_dim in (64, 128)
         return self.freqs.requires_grad or not fuses
 
-    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None]:
+    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not self._goes_by_tokens(q):
+            return super()._apply_basis(q, k, prefix)
         signs = self.signs.to(q.dtype)
         if prefix:
             still = torch.arange(q.shape[2], device=q.device) < prefix
             signs = torch.where(still.unsqueeze(-1), 1, signs)
-        return q * signs, None if k is None else k * signs
+        return q * signs, None if k is None else k * signs, None
 
     def _signs(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         planes = self.rotary_dim // 2
@@ -255,14 +216,3 @@ class ReflectionRoPE(_TokenWise):
         # A constant, so it is made anew: there after .to_empty(), too.
         self.signs = self._signs(self.signs.device, self.signs.dtype)
         return self
-
-
-def check_call(module: Rotary, q: Tensor, offset: int, prefix: int) -> int:
-    """Check what `Rotary.forward` is called with, apart from positions; return the number of tokens that have one."""
-    name = type(module).__name__
-    check_shape(name, "q", q, ("B", "H", "L", "D"), D=module.head_dim)
-    check_type(name, "offset", offset, int, torch.SymInt)
-    check_type(name, "prefix", prefix, int, torch.SymInt)
-    if not 0 <= prefix <= q.shape[2]:
-        raise fail(name, "prefix", f"lie between 0 and L={q.shape[2]}", prefix)
-    return q.shape[2] - prefix

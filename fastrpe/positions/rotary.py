@@ -11,7 +11,7 @@ from ..ops import rotate
 
 
 class Rotary(nn.Module):
-    """Base of `RoPE`, `CayleySTRING` and `CirculantSTRING`: a subclass gives `frequencies` and perhaps a `basis`."""
+    """Base of the rotary encodings: a subclass gives `frequencies` and perhaps a `basis`."""
 
     def __init__(
         self, head_dim: int, num_heads: int | None, coords: int, interleaved: bool, backend: str | None
@@ -61,18 +61,14 @@ class Rotary(nn.Module):
         Returns:
             ``(q', k')`` of the shapes of ``q`` and ``k``, as `fastrpe.ops.rotate` gives them.
         """
-        name = type(self).__name__
-        check_shape(name, "q", q, ("B", "H", "L", "D"), D=self.head_dim)
-        check_type(name, "offset", offset, int, torch.SymInt)
-        check_type(name, "prefix", prefix, int, torch.SymInt)
-        length = q.shape[2] - prefix
-        if not 0 <= prefix <= q.shape[2]:
-            raise fail(name, "prefix", f"lie between 0 and L={q.shape[2]}", prefix)
+        length = self._length(q, offset, prefix)
         if self.folded:
             self._check_folded()
         positions = self._positions(q, positions, offset, length)
         freqs = self.frequencies(length + offset)
-        basis = None if self.folded else self.basis()
+        basis = None
+        if not self.folded:
+            q, k, basis = self._apply_basis(q, k, prefix)
         options: dict[str, Any] = dict(interleaved=self.interleaved, backend=self.backend)
         yq, yk = rotate(q, k, positions, freqs, basis, factor=self.factor, prefix=prefix, **options)
         if self.folded and prefix:
@@ -106,6 +102,20 @@ class Rotary(nn.Module):
     def unfold_from(self, q_proj: Any, k_proj: Any) -> None:
         """Undo `fold_into`, up to the rounding of the weights; takes the same projections."""
         self._fold("unfold_from", q_proj, k_proj, folded=False)
+
+    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``(q, k, P)`` for a rotation that applies P; or ``(P q, P k, None)`` where that costs less."""
+        return q, k, self.basis()
+
+    def _length(self, q: Tensor, offset: int, prefix: int) -> int:
+        """Check what `forward` is called with, apart from positions; return the number of tokens that have one."""
+        name = type(self).__name__
+        check_shape(name, "q", q, ("B", "H", "L", "D"), D=self.head_dim)
+        check_type(name, "offset", offset, int, torch.SymInt)
+        check_type(name, "prefix", prefix, int, torch.SymInt)
+        if not 0 <= prefix <= q.shape[2]:
+            raise fail(name, "prefix", f"lie between 0 and L={q.shape[2]}", prefix)
+        return q.shape[2] - prefix
 
     def _positions(self, q: Tensor, positions: Tensor | None, offset: int, length: int) -> Tensor:
         name = type(self).__name__
@@ -198,6 +208,16 @@ class Foldable:
     """Keeps ``folded`` in the state dict, as a tensor, so that a checkpoint of folded weights loads as one."""
 
     folded: bool
+    training: bool
+    basis_parameter: str | None = None  # what the basis is learned by
+
+    def _check_folded(self) -> None:
+        trains = self.basis_parameter is not None and getattr(self, self.basis_parameter).requires_grad
+        if self.training and torch.is_grad_enabled() and trains:
+            raise RuntimeError(
+                f"{type(self).__name__}: the basis must not be folded while it trains, got forward in training mode "
+                "with gradients after fold_into; call unfold_from or eval"
+            )
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.folded)

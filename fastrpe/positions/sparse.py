@@ -10,11 +10,12 @@ from ..checks import check_choice, check_shape, fail
 from ..ops import sparse_cayley
 from ..ops.sparse.api import SOLVERS, fastest
 from ..ops.sparse.solvers import basis
-from .reflection import _TokenWise
+from .rope import RoPE
+from .rotary import Foldable
 from .string import normal
 
 
-class SparseCayleySTRING(_TokenWise):
+class SparseCayleySTRING(Foldable, RoPE):
     r"""Cayley-STRING whose S has K = round(f D (D - 1) / 2) learned entries above its diagonal, at places drawn once.
 
     .. math:: q'_i = \mathrm{RoPE}(r_i) \, P q_i, \quad k'_j = \mathrm{RoPE}(r_j) \, P k_j, \qquad
@@ -50,6 +51,7 @@ class SparseCayleySTRING(_TokenWise):
         STRING (arXiv 2502.02562) theorems 3.2 to 3.4, with an S that is sparse.
     """
 
+    basis_parameter = "theta"
     num_heads: int
     theta: nn.Parameter
     pairs: Tensor
@@ -132,9 +134,6 @@ class SparseCayleySTRING(_TokenWise):
         # As an entry of M - M^T
         return normal((self.num_heads, self.pairs.shape[-2]), self.init_std * 2**0.5, generator)
 
-    def _goes_by_tokens(self, q: Tensor) -> bool:
-        return self._solver_for(q) != "matrix"
-
     def _solver_for(self, q: Tensor) -> str:
         if self.solver != "auto":
             return self.solver
@@ -145,8 +144,10 @@ class SparseCayleySTRING(_TokenWise):
         tokens = q.shape[0] * q.shape[1] * q.shape[2] // self.num_heads
         return fastest(q.device.type, self.head_dim, self.theta.shape[1], self.num_heads, tokens)
 
-    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None]:
+    def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         name, solver = "SparseCayleySTRING", self._solver_for(q)
+        if solver == "matrix":
+            return super()._apply_basis(q, k, prefix)
         if k is not None:  # as `rotate` checks a basis
             check_shape(name, "k", k, ("B", "Hk", "L", "D"), B=q.shape[0], L=q.shape[2], D=self.head_dim)
             check_shape(name, "theta", self.theta, ("H", "K"), H=k.shape[1])
@@ -155,14 +156,7 @@ class SparseCayleySTRING(_TokenWise):
             y = sparse_cayley(x[:, :, prefix:], self.theta, self.pairs, solver=solver)
             return torch.cat((x[:, :, :prefix], y), 2) if prefix else y
 
-        return apply(q), None if k is None else apply(k)
-
-    def _check_folded(self) -> None:
-        if self.training and torch.is_grad_enabled() and self.theta.requires_grad:
-            raise RuntimeError(
-                "SparseCayleySTRING: the basis must not be folded while it trains, got forward in training mode with "
-                "gradients after fold_into; call unfold_from or eval"
-            )
+        return apply(q), None if k is None else apply(k), None
 
     def _describe(self) -> list[str]:
         parts = [*super()._describe(), f"f={self.f:g}", f"solver={self.solver!r}", f"init_std={self.init_std:g}"]

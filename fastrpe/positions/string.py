@@ -39,6 +39,7 @@ class CayleySTRING(Foldable, RoPE):
         STRING (arXiv 2502.02562) theorems 3.2 to 3.4.
     """
 
+    basis_parameter = "skew"
     num_heads: int
     skew: nn.Parameter
 
@@ -91,13 +92,6 @@ class CayleySTRING(Foldable, RoPE):
         shape = self.num_heads, self.head_dim * (self.head_dim - 1) // 2
         # An entry of M - M^T is the difference of two draws.
         return normal(shape, self.init_std * 2**0.5, generator)
-
-    def _check_folded(self) -> None:
-        if self.training and torch.is_grad_enabled() and self.skew.requires_grad:
-            raise RuntimeError(
-                "CayleySTRING: the basis must not be folded while it trains, got forward in training mode with "
-                "gradients after fold_into; call unfold_from or eval"
-            )
 
     def _describe(self) -> list[str]:
         return [*super()._describe(), f"init_std={self.init_std:g}"]

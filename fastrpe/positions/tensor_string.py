@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_shape, fail
-from .reflection import check_call
 from .rotary import Rotary
 from .string import normal
 
@@ -91,7 +90,7 @@ class TensorSTRING(Rotary):
     ) -> tuple[Tensor, Tensor]:
         """As for every encoding (`RoPE`), with results of the shapes (B, H, L, 2 m D) and (B, Hk, L, 2 m D)."""
         name = "TensorSTRING"
-        length = check_call(self, q, offset, prefix)
+        length = self._length(q, offset, prefix)
         positions = self._positions(q, positions, offset, length)
         if k is None:
             k = q[:, :0]

@@ -172,6 +172,18 @@ def test_keys_decide_per_head_shapes_without_keys() -> None:
         rotate(**arguments | dict(basis=tensor(3, D, D)))
 
 
+@pytest.mark.parametrize("backend", [b for b in available("cpu") if b != "triton"])
+@pytest.mark.parametrize("op", (rotate, rotate_cos_sin))
+def test_forward_mode_raises(op: Callable[..., Any], backend: str) -> None:
+    """A tangent is refused on whichever input it comes, never dropped."""
+    arguments = good(op)
+    for name, x in arguments.items():
+        with pytest.raises(NotImplementedError) as error:
+            torch.func.jvp(lambda x, name=name: op(**arguments | {name: x}, backend=backend), (x,), (x,))
+        words = f"{op.__name__}: inputs must have no forward-mode tangents, got one; use reverse mode"
+        assert str(error.value) == words, name
+
+
 def test_missing_backend() -> None:
     """A backend that is named and not there is an error that says how to mend it, never another backend."""
     meta = {n: x.to("meta") for n, x in good(rotate).items()}

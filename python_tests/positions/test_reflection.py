@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastrpe.ops import rotate
 from fastrpe.ops.rotary.reflection import LEAST_NORM, plane_signs, reflect, reflection_basis
 from fastrpe.positions import CayleySTRING, CirculantSTRING, ReflectionBasis, ReflectionRoPE, RoPE, TensorSTRING
-from fastrpe.positions.reflection import _TokenWise
 from fastrpe.testing.asserts import assert_bitwise, assert_within
 from fastrpe.testing.bars import CANCELLED, DIFFERENT, NO_OP, ORTHOGONAL, REFLECTED, SHIFT, SIGMAS
 from python_tests.positions.shared import HEADS, LENGTH, SIZE, scores, tokens
@@ -513,12 +512,6 @@ def test_bad_arguments_raise(make: object, message: str) -> None:
     with pytest.raises(ValueError) as error:
         make()  # type: ignore[operator]
     assert str(error.value) == message
-
-
-def test_the_base_has_no_basis_to_apply() -> None:
-    for call in (lambda: _TokenWise(SIZE)(tokens(), None), lambda: _TokenWise(SIZE)._apply_basis(tokens(), None, 0)):
-        with pytest.raises(NotImplementedError):
-            call()
 
 
 def test_the_words_of_a_wrong_type() -> None:

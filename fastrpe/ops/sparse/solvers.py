@@ -41,7 +41,7 @@ def basis(theta: Tensor, pairs: Tensor, size: int) -> Tensor:
     place = low * (2 * size - low - 1) // 2 + high - low - 1  # among the entries above the diagonal, by rows
     upper = torch.where(pairs[..., 0] < pairs[..., 1], theta, -theta)
     params = theta.new_zeros(len(theta), size * (size - 1) // 2).scatter(1, place.expand(theta.shape), upper)
-    return torch.cat([cayley_basis(some) for some in _batches(params, size)])
+    return cayley_basis(params)
 
 
 def matrix(x: Tensor, theta: Tensor, pairs: Tensor, inverse: bool) -> Tensor:
@@ -174,15 +174,14 @@ def cudss(theta: Tensor, pairs: Tensor, size: int) -> Solve:
 
 
 def _batches(
-    x: Tensor,  # (n, ...)
-    size: int | None = None,
+    x: Tensor,  # (n, D, D)
 ) -> list[Tensor]:
     """The matrices (D, D) that PyTorch may factorise together: on a CPU a large one goes alone.
 
     With MKL and after torch.set_num_threads, a batch of them is factorised by threads that spoil each other's pivots,
     and the result is wrong without an error (pytorch/pytorch#142815, seen from D = 151 on).
     """
-    alone = x.device.type == "cpu" and (size or x.shape[-1]) > 128
+    alone = x.device.type == "cpu" and x.shape[-1] > 128
     return list(x.split(1)) if alone else [x]
 
 
