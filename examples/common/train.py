@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastrpe import feature_maps
 from fastrpe.checks import check_choice, fail
 
 from .data import Images
@@ -198,6 +199,7 @@ def fit(
                     start = _now(device)
                 batch = plan[:, i * recipe.batch_size + rank : (i + 1) * recipe.batch_size : world]
                 step(batch, recipe.lr_at(epoch * per_epoch + i, recipe.epochs * per_epoch))
+                feature_maps.step(step.model)  # outside the graph, which reads projections where they are
                 bar.update()
             history.seconds.append((_now(device) - start) * per_epoch / (per_epoch - warm_up))
             history.train_loss.append(accelerator.reduce(step.loss, "mean").item() / per_epoch)

@@ -1,17 +1,11 @@
 """Train a small Vision Transformer with each encoding of the STRING family, and test it at larger images, too."""
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,6 +15,7 @@ from torch import Tensor, nn
 
 from examples.common import results
 from examples.common.data import Images, load
+from examples.common.jobs import finished, locked, side_by_side
 from examples.common.options import add_options, make_accelerator
 from examples.common.train import Recipe, evaluate, fit
 from fastrpe.models import ViT, ViTConfig
@@ -29,7 +24,6 @@ from fastrpe.positions import grid_positions
 from . import report
 from .variants import STARTS, STUDIES, VARIANTS, build, configure
 
-ROOT = Path(__file__).parents[2]
 GROWTH = (1.25, 1.5, 2.0)  # of the test images' sides, to whole patches
 Part = tuple[str, str, list[int]]  # data set, variant, seeds: they share what is compiled
 
@@ -41,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     parts: list[Part] = []
     for dataset in options.datasets:
         for variant in options.variants:
-            seeds = [s for s in options.seeds if not (options.resume and finished(options, dataset, variant, s))]
+            same = describe(options, dataset, variant)
+            done = [options.resume and finished(path_of(options, dataset, variant, s), same) for s in options.seeds]
+            seeds = [seed for seed, there in zip(options.seeds, done) if not there]
             parts += [(dataset, variant, seeds)] if seeds else []
     slots = [gpu for _ in range(options.jobs) for gpu in options.gpus]
     failed = []
@@ -49,7 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
         train(options, parts, end)
     else:
         print(f"{sum(len(seeds) for *_, seeds in parts)} runs, {len(slots)} processes", flush=True)
-        failed = train_side_by_side(arguments, options.out, parts, slots, end)
+        jobs = [
+            (f"{name} {variant}", ["--datasets", name, "--variants", variant, "--seeds", *map(str, seeds)])
+            for name, variant, seeds in parts
+        ]
+        failed = side_by_side("examples.string_vit", arguments, jobs, options.out, slots, end)
     if not options.worker and int(os.environ.get("RANK", 0)) == 0:
         print("\n" + report.write(options.out))
     if failed:
@@ -92,46 +92,6 @@ def train(options: argparse.Namespace, parts: list[Part], end: float) -> None:
                 with accelerator.main_process_first():
                     data[dataset] = read(options, dataset).to(accelerator.device)
             run(options, data[dataset], variant, seed, accelerator)
-
-
-def train_side_by_side(
-    arguments: list[str], out: Path, parts: list[Part], slots: list[int | None], end: float
-) -> list[str]:
-    """Each of ``parts`` in a process of its own, one in each of ``slots`` (a GPU, or None) at a time.
-
-    Returns the names of those that failed.
-    """
-    free: SimpleQueue[int | None] = SimpleQueue()
-    for gpu in slots:
-        free.put(gpu)
-    out.mkdir(parents=True, exist_ok=True)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))
-
-    def one(part: Part) -> str | None:
-        dataset, variant, seeds = part
-        gpu = free.get()
-        try:
-            minutes = (end - time.monotonic()) / 60
-            if minutes < 0:
-                return None
-            environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}
-            command = [sys.executable, "-m", "examples.string_vit", *arguments, "--jobs", "1", "--worker"]
-            command += ["--datasets", dataset, "--variants", variant, "--seeds", *map(str, seeds)]
-            command += ["--minutes", str(minutes)]
-            if gpu is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if any(visible) else str(gpu)
-                command += ["--turn", str(out / f".turn-{gpu}")]
-            return f"{dataset} {variant}" if subprocess.run(command, env=environment).returncode else None
-        finally:
-            free.put(gpu)
-
-    with ThreadPoolExecutor(len(slots)) as pool:
-        failed = [name for name in pool.map(one, parts) if name]
-    for lock in out.glob(".turn-*"):
-        lock.unlink()
-    return failed
 
 
 def run(options: argparse.Namespace, images: Images, variant: str, seed: int, accelerator: Accelerator) -> None:
@@ -233,25 +193,6 @@ def describe(options: argparse.Namespace, dataset: str, variant: str) -> dict[st
 def path_of(options: argparse.Namespace, dataset: str, variant: str, seed: int) -> Path:
     path: Path = options.out / f"{dataset}-{variant}-seed{seed}.json"
     return path
-
-
-def finished(options: argparse.Namespace, dataset: str, variant: str, seed: int) -> bool:
-    path = path_of(options, dataset, variant, seed)
-    if not path.exists():
-        return False
-    result = json.loads(path.read_text())
-    same = describe(options, dataset, variant)
-    return {key: result[key] for key in same} == same
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and released when it ends, however it ends."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

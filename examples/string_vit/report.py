@@ -9,11 +9,12 @@ from typing import Any
 
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
+from examples.common.report import MARKS as MARKS
+from examples.common.report import accuracies, insert, paired, save
 
 from .variants import FRACTIONS, STUDIES, VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
-MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "mnist-small": "MNIST subset"}
 BARS = {"dense": 1.05, "sparse": 1.10, "folded": 1.02}  # times RoPE's
 STRING = [name for name in VARIANTS if name.startswith(("cayley", "circulant", "reflection-s", "sparse"))]
@@ -42,10 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = write(options.out, options.parts)
     print(text)
     if options.readme:
-        before, rest = options.readme.read_text().split(MARKS[0])
-        folder = options.out.resolve().relative_to(options.readme.resolve().parent)
-        inside = text.replace("](", f"]({folder.as_posix()}/")
-        options.readme.write_text(f"{before}{MARKS[0]}\n{inside}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        insert(text, options.readme, options.out)
 
 
 def write(out: Path, parts: Iterable[str] = ()) -> str:
@@ -80,10 +78,6 @@ def timing_of(out: Path, dataset: str) -> dict[str, Any] | None:
 def any_timing(out: Path) -> dict[str, Any] | None:
     """CIFAR-10's, or else another."""
     return next(filter(None, (timing_of(out, dataset) for dataset in ("cifar10", *STUDIES))), None)
-
-
-def accuracies(runs: Runs) -> list[float]:
-    return [100 * run["accuracy"] for run in runs]
 
 
 def middle(runs: Runs) -> float:
@@ -221,14 +215,6 @@ def checks(out: Path) -> str:
                     rows.append((label, f"{value:.3f} x RoPE, at most {bar:.2f}", value <= bar))
     lines = [f"| {what} | {value} | {'yes' if met else 'no'} |" for what, value, met in rows]
     return "\n".join(["| check | value | met |", "| --- | --- | --- |", *lines]) if lines else ""
-
-
-def paired(ours: Runs, theirs: Runs) -> tuple[float, float]:
-    """Mean difference of accuracy over the seeds that both have, in points, and its standard error."""
-    other = dict(zip(map(_seed, theirs), accuracies(theirs)))
-    gaps = [a - other[seed] for seed, a in zip(map(_seed, ours), accuracies(ours)) if seed in other]
-    gap, deviation = results.spread(gaps or [float("nan")])
-    return gap, deviation / sqrt(max(1, len(gaps)))
 
 
 # Plots ---------------------------------------------------------------------------------------------------------------
@@ -386,12 +372,6 @@ def family(name: str) -> tuple[str, str]:
     """Colour and marker of a variant."""
     style: tuple[str, str] = next(style for prefix, style in FAMILIES.items() if name.startswith(prefix))
     return style
-
-
-def save(figure: Any, out: Path, name: str, title: str) -> str:
-    figure.savefig(out / f"{name}.png", dpi=130)
-    pyplot().close(figure)
-    return f"![{title}]({name}.png)"
 
 
 def _ordered(rows: dict[str, Any]) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_dtype, check_shape, fail
-from .cache import KVCache
+from ..checks import check_dtype, check_shape, check_type, fail
+from .cache import KVCache, LinearCache
 from .softmax import Softmax, check_mask, restrict
 
 
@@ -29,8 +29,8 @@ class Attention(nn.Module):
         causal: a query attends to no later key. With fewer queries than keys the last query meets the last key.
         position: a module of `fastrpe.positions`, or another that maps ``(q, k, positions, offset=, prefix=)`` to
             ``(q', k')`` and has the attribute ``head_dim``; None for no encoding.
-        kernel: by default `Softmax`, or another module that maps ``(q, k, v, mask=, causal=, dropout=)`` to the output
-            (B, H, L, D).
+        kernel: by default `Softmax`; `Performer`; or another module that maps ``(q, k, v, mask=, causal=, dropout=)``
+            to the output (B, H, L, D).
     """
 
     position: Any
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,  # (B, S)
         prefix: int = 0,
         context_prefix: int = 0,
-        cache: KVCache | None = None,
+        cache: KVCache | LinearCache | None = None,
     ) -> Tensor:  # (B, L, dim)
         """Attend to x itself, or to the context.
 
@@ -96,7 +96,8 @@ class Attention(nn.Module):
             key_mask: boolean, False for keys that nobody attends to (padding).
             prefix: the first tokens of x (CLS, registers) that have no position.
             context_prefix: the same for the context.
-            cache: keys and values of the tokens before x, to which those of x are appended.
+            cache: of the tokens before x, to which those of x are appended: a `KVCache`, or a `LinearCache` where the
+                kernel is a `Performer`.
         """
         op = "Attention"
         check_shape(op, "x", x, ("B", "L", "dim"), dim=self.dim)
@@ -109,6 +110,8 @@ class Attention(nn.Module):
             check_shape(op, "context", context, ("B", "S", "context_dim"), B=x.shape[0], context_dim=self.context_dim)
             if cache is not None:
                 raise fail(op, "cache", "be None with a context", type(cache).__name__)
+        if cache is not None:
+            check_type(op, "cache", cache, getattr(self.kernel, "cache_type", KVCache))
         source = x if context is None else context
         B, L, S = *x.shape[:2], source.shape[1] + (0 if cache is None else cache.length)
         if mask is not None:
@@ -121,21 +124,34 @@ class Attention(nn.Module):
             projection(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, z in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
         )
-        if context is None:
-            offset = 0 if cache is None or positions is not None else cache.offset
-            q, k = place(self.position, q, k, positions, prefix, offset)
-        else:
+        offset = 0 if cache is None or positions is not None else cache.offset
+
+        def encode(q: Tensor, k: Tensor) -> tuple[Tensor, Any]:
+            if context is None:
+                return place(self.position, q, k, positions, prefix, offset)
             q, _ = place(self.position, q, None, positions, prefix)
             k, _ = place(self.position, k, None, context_positions, context_prefix)
-        if cache is not None:
+            return q, k
+
+        options: dict[str, Any] = dict(causal=self.causal, dropout=self.dropout if self.training else 0.0)
+        if self.position is not None and turns_features(self.kernel):
+            options["encode"] = encode
+        else:
+            q, k = encode(q, k)
+        if isinstance(cache, KVCache):
             k, v = cache.update(k, v)
+        elif cache is not None:
+            options["cache"] = cache
+        y: Tensor = self.kernel(q, k, v, mask=mask, **options)
+        if cache is not None:
             cache.prefix += prefix
-        y: Tensor = self.kernel(q, k, v, mask=mask, causal=self.causal, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def fold(self) -> None:
         """Let the projections absorb the position's basis, for inference at RoPE's cost; `unfold` undoes it."""
         if self.position is not None:
+            if turns_features(self.kernel):
+                raise fail("Attention.fold", "kernel", "have order='pre': projections do not make features", "'post'")
             self.position.fold_into(self.q_proj, self.k_proj)
 
     def unfold(self) -> None:
@@ -166,15 +182,28 @@ def check_pair(op: str, position: Any, kernel: Any, head_dim: int, heads: int) -
     if not (encodes and _takes(kernel, "mask", "causal", "dropout")):
         pairs = (
             "None, RoPE, CayleySTRING, CirculantSTRING or another with head_dim whose forward takes (q, k, positions, "
-            "offset=, prefix=), with Softmax or another whose forward takes (q, k, v, mask=, causal=, dropout=)"
+            "offset=, prefix=), with Softmax or Performer or another whose forward takes (q, k, v, mask=, causal=, "
+            "dropout=)"
         )
         raise fail(op, "position and kernel", f"be a pair of {pairs}", f"{_name(position)} with {_name(kernel)}")
-    if position is None:
-        return
-    if position.head_dim != head_dim:
-        raise fail(op, "position", f"have head_dim={head_dim}", position.head_dim)
-    if getattr(position, "num_heads", None) not in (None, heads):
-        raise fail(op, "position", f"have num_heads={heads}, the number of key heads", position.num_heads)
+    post = position is not None and turns_features(kernel)
+    if post and (hasattr(position, "out_dim") or getattr(position, "factor", 1.0) != 1):
+        came = _name(position)
+        raise fail(op, "position", "be a rotation without a factor of its own where it turns features", came)
+    _check_heads(op, "kernel", kernel, getattr(position, "out_dim", head_dim), heads)
+    _check_heads(op, "position", position, kernel.feature_dim(head_dim, heads) if post else head_dim, heads)
+
+
+def _check_heads(op: str, name: str, plug: Any, head_dim: int, heads: int) -> None:
+    if getattr(plug, "head_dim", None) not in (None, head_dim):
+        raise fail(op, name, f"have head_dim={head_dim}", plug.head_dim)
+    if getattr(plug, "num_heads", None) not in (None, heads):
+        raise fail(op, name, f"have num_heads={heads}, the number of key heads", plug.num_heads)
+
+
+def turns_features(kernel: Any) -> bool:
+    """Whether positions turn the kernel's features, in place of queries and keys."""
+    return getattr(kernel, "order", "pre") == "post"
 
 
 def check_dropout(op: str, dropout: float) -> None:

@@ -1,9 +1,10 @@
-"""Keys and values of the tokens seen so far."""
+"""What attention keeps of the tokens seen so far: keys and values, or a `Performer`'s sums."""
 
 import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_shape, fail
+from ..ops.linear import State
 
 
 class KVCache:
@@ -74,4 +75,42 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget all tokens and keep the memory."""
+        self.length = self.prefix = 0
+
+
+class LinearCache:
+    """The state of a `Performer` that decodes: of one size, and in one time a token, however many came before.
+
+    Its tensors come with the first tokens. Gradients flow through it; `detach` cuts them off (truncated
+    back-propagation), as decoding under torch.no_grad() does.
+
+    Attributes:
+        states: sums over the keys, those of the denominator apart where positions turn features.
+        length: number of tokens seen.
+        prefix: how many of them have no position (`Attention.forward`).
+    """
+
+    states: tuple[State | None, State | None]
+
+    def __init__(self) -> None:
+        self.reset()
+
+    @property
+    def offset(self) -> int:
+        """The position of the next token: prefix tokens do not count."""
+        return self.length - self.prefix
+
+    def update(self, states: tuple[State | None, State | None], count: int) -> None:
+        """Take the states behind the next ``count`` tokens."""
+        self.states = states
+        self.length += count
+
+    def detach(self) -> None:
+        """Forget how the states came about."""
+        first, second = (None if state is None else State(*(x.detach() for x in state)) for state in self.states)
+        self.states = first, second
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.states = None, None
         self.length = self.prefix = 0

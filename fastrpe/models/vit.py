@@ -1,4 +1,4 @@
-"""A Vision Transformer whose attention takes any position encoding."""
+"""A Vision Transformer whose attention takes any position encoding and kernel."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import feature_maps
 from .. import positions as encodings
-from ..attention import Attention
+from ..attention import Attention, Performer
 from ..checks import check_choice, check_shape, fail
 
 # What encodes queries and keys, with options besides its sizes. Frequencies start as rope-vit's: base 100 on the axes,
@@ -24,6 +25,14 @@ ENCODINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sparse-cayley": (encodings.SparseCayleySTRING, {"base": 100.0, "f": 0.25}),
 }
 POSITIONS = ("none", "learned", *ENCODINGS)
+# Feature maps of Performers, with options besides the head's size.
+FEATURES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "performer-relu": (feature_maps.ReLUFeatures, {}),
+    "performer-exp": (feature_maps.ExpFeatures, {}),
+    "performer-favor": (feature_maps.PositiveFeatures, {"projection": "orthogonal"}),
+    "performer-ftheta": (feature_maps.LearnableFeatures, {"form": "projection", "base": "exp"}),
+}
+KERNELS = ("softmax", *FEATURES)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class ViTConfig:
     ``position`` is ``"none"``, ``"learned"`` (an embedding added to the patches, interpolated at other image sizes) or
     an encoding of queries and keys by the patch's coordinates, in patches: ``"rope"`` (axial, fixed, shared by all
     layers) or another of `ENCODINGS` (learned for each layer and head). ``position_options`` go to its constructor.
+    ``kernel`` is ``"softmax"`` or a Performer, which has no weights to drop, with features of `FEATURES`, to whose
+    constructor ``kernel_options`` go.
     """
 
     image_size: int = 28
@@ -45,6 +56,8 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     position: str = "rope"
     position_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    kernel: str = "softmax"
+    kernel_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     pool: str = "mean"  # or "cls", a class token
     registers: int = 0
     dropout: float = 0.0
@@ -52,10 +65,12 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         check_choice("ViTConfig", "position", self.position, POSITIONS)
+        check_choice("ViTConfig", "kernel", self.kernel, KERNELS)
         check_choice("ViTConfig", "pool", self.pool, ("mean", "cls"))
-        options = self.position_options
-        if options and self.position not in ENCODINGS:
-            raise fail("ViTConfig", "position_options", f"be empty for position {self.position!r}", options)
+        for name, choice, known in (("position", self.position, ENCODINGS), ("kernel", self.kernel, FEATURES)):
+            options = getattr(self, f"{name}_options")
+            if options and choice not in known:
+                raise fail("ViTConfig", f"{name}_options", f"be empty for {name} {choice!r}", options)
         if self.dim % self.heads:
             raise fail("ViTConfig", "dim", f"be a multiple of heads={self.heads}", self.dim)
         if self.image_size % self.patch_size:
@@ -67,7 +82,7 @@ class ViT(nn.Module):
 
     Class token and registers stand before the patches and have no position. Images of another size than
     ``config.image_size`` are accepted: coordinates continue beyond the trained grid. One random seed gives one set of
-    weights, whatever the position encoding: its draws come from a stream of their own.
+    weights, whatever the position encoding and the kernel: their draws come from streams of their own.
     """
 
     grid: Tensor
@@ -84,7 +99,7 @@ class ViT(nn.Module):
         seeds = torch.randint(2**31, (config.depth,), device="cpu").tolist()
         shared = _position(config, seeds[0]) if config.position == "rope" else None
         self.blocks = nn.ModuleList(
-            Block(config, shared or _position(config, seed), config.drop_path * i / max(1, config.depth - 1))
+            Block(config, shared or _position(config, seed), _kernel(config, seed), i / max(1, config.depth - 1))
             for i, seed in enumerate(seeds)
         )
         self.norm = nn.LayerNorm(config.dim)
@@ -155,11 +170,12 @@ class Block(nn.Module):
 
     drop_path: Tensor
 
-    def __init__(self, config: ViTConfig, position: nn.Module | None, drop_path: float) -> None:
+    def __init__(self, config: ViTConfig, position: nn.Module | None, kernel: nn.Module | None, height: float) -> None:
         super().__init__()
         hidden = int(config.dim * config.mlp_ratio)
         self.norm1 = nn.LayerNorm(config.dim)
-        self.attention = Attention(config.dim, config.heads, dropout=config.dropout, position=position)
+        dropout = config.dropout if kernel is None else 0.0
+        self.attention = Attention(config.dim, config.heads, dropout=dropout, position=position, kernel=kernel)
         self.norm2 = nn.LayerNorm(config.dim)
         self.mlp = nn.Sequential(
             nn.Linear(config.dim, hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, config.dim)
@@ -167,7 +183,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.drops_path = config.drop_path > 0
         # A tensor, so that blocks compiled one by one, of different rates, share their code.
-        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
+        self.register_buffer("drop_path", torch.tensor(config.drop_path * height), persistent=False)
 
     def forward(
         self,
@@ -198,3 +214,14 @@ def _position(config: ViTConfig, seed: int) -> nn.Module | None:
     if config.position == "sparse-cayley":
         options.setdefault("seed", seed)
     return kind(config.dim // config.heads, coords=2, **options)
+
+
+def _kernel(config: ViTConfig, seed: int) -> nn.Module | None:
+    """The attention kernel of one layer; None for softmax."""
+    if config.kernel not in FEATURES:
+        return None
+    kind, defaults = FEATURES[config.kernel]
+    options = {**defaults, "seed": seed, **config.kernel_options}
+    with torch.random.fork_rng(devices=[]):  # layers of a learned map draw from PyTorch's generator
+        torch.manual_seed(seed)
+        return Performer(kind(config.dim // config.heads, **options))

@@ -7,17 +7,21 @@ import pytest
 import torch
 from torch import nn
 
+from fastrpe.feature_maps import LearnableFeatures, PositiveFeatures, step
 from fastrpe.models import ViT, ViTConfig
-from fastrpe.models.vit import POSITIONS
+from fastrpe.models.vit import FEATURES, POSITIONS
 from fastrpe.testing.asserts import LAW_FLOAT64, assert_accurate, assert_within
 
 SMALL = ViTConfig(image_size=16, patch_size=4, channels=3, classes=7, dim=32, depth=2, heads=2)
 ENCODINGS = [p for p in POSITIONS if p not in ("none", "learned")]
 
 
-@pytest.fixture(params=POSITIONS)
+@pytest.fixture(params=[*POSITIONS, *FEATURES])
 def config(request):
-    return replace(SMALL, position=request.param)
+    """Every position encoding, and every kernel with one of them."""
+    if request.param in POSITIONS:
+        return replace(SMALL, position=request.param)
+    return replace(SMALL, kernel=request.param)
 
 
 @pytest.fixture
@@ -95,7 +99,7 @@ def test_layers_learn_their_own_positions():
 
 def test_one_seed_gives_one_set_of_weights(config):
     models = []
-    for c in (replace(config, position="none"), config):
+    for c in (replace(config, position="none", kernel="softmax", kernel_options={}), config):
         torch.manual_seed(5)
         models.append(ViT(c).state_dict())
     assert all(torch.equal(models[1][name], x) for name, x in models[0].items())
@@ -124,12 +128,55 @@ def test_position_options_go_to_the_encoding(position, options, attribute):
     assert ViTConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
+def test_kernel_options_go_to_the_feature_map():
+    options = {"num_features": 24, "redraw_every": 3, "seed": 7}
+    config = replace(SMALL, kernel="performer-favor", kernel_options=options)
+    features = ViT(config).blocks[0].attention.kernel.feature_map
+    assert isinstance(features, PositiveFeatures) and features.omega.shape == (24, 16)
+    assert all(getattr(features, name) == value for name, value in options.items())
+    assert hash(config) == hash(replace(config, kernel_options={})) and config != replace(config, kernel_options={})
+    assert ViTConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("form", ["projection", "polynomial", "mlp"])
+def test_learned_features_are_each_layer_s_and_a_function_of_the_seed(form):
+    options = {"form": form, "num_features": 24, "num_heads": 2}
+    config = replace(SMALL, kernel="performer-ftheta", kernel_options=options)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = ViT(config)
+        states.append(model.state_dict())
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    first, second = (attention.kernel.feature_map for attention in model.attentions)
+    assert isinstance(first, LearnableFeatures) and first.omega.shape == (2, 24, 16)
+    assert not torch.equal(first.omega, second.omega)
+
+
+def test_features_are_drawn_anew_layer_by_layer():
+    torch.manual_seed(0)
+    model = ViT(replace(SMALL, kernel="performer-favor", kernel_options={"redraw_every": 2}))
+    first, second = (attention.kernel.feature_map for attention in model.attentions)
+    before = first.omega.clone()
+    step(model)
+    assert torch.equal(first.omega, before)
+    step(model)
+    assert not torch.equal(first.omega, before) and not torch.equal(first.omega, second.omega)
+
+
+def test_a_performer_has_no_weights_to_drop():
+    config = replace(SMALL, dropout=0.5)
+    softmax, performer = (ViT(replace(config, kernel=k)).attentions[0] for k in ("softmax", "performer-relu"))
+    assert softmax.dropout == 0.5 and performer.dropout == 0
+
+
 def test_positions_may_be_given(config):
     model = trained(config, torch.float64).eval()
     x = images(dtype=torch.float64)
     assert torch.equal(model(x, model.grid), model(x))
     # What is relative does not see a common shift, and all but no position see a stretch.
-    assert_within(model(x, model.grid + 3), model(x), LAW_FLOAT64)
+    with nullcontext() if config.kernel == "softmax" else pytest.raises(AssertionError):  # features: in the mean
+        assert_within(model(x, model.grid + 3), model(x), LAW_FLOAT64)
     stretched = model(x, 2 * model.grid)
     assert torch.equal(stretched, model(x)) == (config.position in ("none", "learned"))
 
@@ -190,6 +237,11 @@ def test_drop_path_drops_whole_images():
         (
             {"position": "learned", "position_options": {"base": 10.0}},
             "ViTConfig: position_options must be empty for position 'learned', got {'base': 10.0}",
+        ),
+        ({"kernel": "linear"}, "ViTConfig: kernel must be one of 'softmax', 'performer-relu', .*, got 'linear'"),
+        (
+            {"kernel_options": {"num_features": 8}},
+            "ViTConfig: kernel_options must be empty for kernel 'softmax', got {'num_features': 8}",
         ),
         ({"pool": "max"}, "ViTConfig: pool must be one of 'mean', 'cls', got 'max'"),
         ({"heads": 3}, "ViTConfig: dim must be a multiple of heads=3, got 32"),
