@@ -137,7 +137,8 @@ def _accuracy(out: Path, dataset: str, group: dict[str, Runs]) -> str:
         "folded, ms/10,000": inference("folded_ms_per_10000"),
     }
     first = next(iter(group.values()))
-    seeds = max(len(runs) for runs in group.values())
+    fewest, most = (f(len(runs) for runs in group.values()) for f in (min, max))
+    seeds = str(most) if fewest == most else f"{fewest} to {most}"
     epochs, device = first[0]["recipe"]["epochs"], first[0]["device"]
     head = f"**{TITLES[dataset]}** (epochs: {epochs}, seeds: {seeds}, {device}): mean and deviation of the accuracy; "
     head += "times without contention, as below." if rows else "time of training as it came."
@@ -195,16 +196,14 @@ def _larger(i: int, way: str) -> Callable[[Runs], str]:
 
 def checks(out: Path) -> str:
     """What the study was to show, and whether it does."""
-    rows = []
+    rows: list[tuple[str, str, bool | None]] = []
     for dataset, group in runs_of(out).items():
         name = best(group, tuple(STRING))
         for other in ("rope-mixed", "learned"):
             if name and other in group:
-                gap, error = paired(group[name], group[other])
-                rows.append((f"{TITLES[dataset]}: {name} - {other}", f"{gap:+.2f} ± {error:.2f} points", gap >= -error))
+                rows.append(_difference(dataset, group, name, other, least=-1))
         if "rope-mixed" in group and "learned" in group:
-            gap, error = paired(group["rope-mixed"], group["learned"])
-            rows.append((f"{TITLES[dataset]}: rope-mixed - learned", f"{gap:+.2f} ± {error:.2f} points", gap > 0))
+            rows.append(_difference(dataset, group, "rope-mixed", "learned", least=0))
     for dataset in STUDIES:
         if timing := timing_of(out, dataset):
             times = timing["rows"]
@@ -219,16 +218,26 @@ def checks(out: Path) -> str:
                     value = times[slowest][f"{key}_ratio"][1]
                     label = f"{TITLES[dataset]}'s model, {title}: slowest, {slowest}"
                     rows.append((label, f"{value:.3f} x RoPE, at most {bar:.2f}", value <= bar))
-    lines = [f"| {what} | {value} | {'yes' if met else 'no'} |" for what, value, met in rows]
+    words = {True: "yes", False: "no", None: "open"}
+    lines = [f"| {what} | {value} | {words[met]} |" for what, value, met in rows]
     return "\n".join(["| check | value | met |", "| --- | --- | --- |", *lines]) if lines else ""
 
 
-def paired(ours: Runs, theirs: Runs) -> tuple[float, float]:
-    """Mean difference of accuracy over the seeds that both have, in points, and its standard error."""
+def _difference(
+    dataset: str, group: dict[str, Runs], ours: str, theirs: str, least: float
+) -> tuple[str, str, bool | None]:
+    """A check that a difference is ``least`` standard errors at least; open where fewer than two seeds tell."""
+    gap, error, seeds = paired(group[ours], group[theirs])
+    value = f"{gap:+.2f} ± {error:.2f} points, seeds: {seeds}" if seeds > 1 else f"{gap:+.2f} points, seeds: {seeds}"
+    return f"{TITLES[dataset]}: {ours} - {theirs}", value, gap >= least * error if seeds > 1 else None
+
+
+def paired(ours: Runs, theirs: Runs) -> tuple[float, float, int]:
+    """Mean difference of accuracy over the seeds that both have, in points, its standard error, and how many."""
     other = dict(zip(map(_seed, theirs), accuracies(theirs)))
     gaps = [a - other[seed] for seed, a in zip(map(_seed, ours), accuracies(ours)) if seed in other]
     gap, deviation = results.spread(gaps or [float("nan")])
-    return gap, deviation / sqrt(max(1, len(gaps)))
+    return gap, deviation / sqrt(max(1, len(gaps))), len(gaps)
 
 
 # Plots ---------------------------------------------------------------------------------------------------------------
