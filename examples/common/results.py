@@ -20,7 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What FASTRPE_COMMIT says (a copy may lack git), or this checkout's, with ``-dirty`` where files differ from it."""
+    """What FASTRPE_COMMIT says, for copies without git; or this checkout's, ``-dirty`` where files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     if named := os.environ.get("FASTRPE_COMMIT"):
         return named
