@@ -36,7 +36,7 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 def rows() -> list[Any]:
     """Case, dtype, backend and mode of every row."""
     found = []
-    for case in cases(None, "bench"):
+    for case in (*cases("rotate", "bench"), *cases("rotate_cos_sin", "bench")):
         rope = "cayley" not in case.name and "circulant" not in case.name and "learned" not in case.tags
         backends = [*OURS, "eager"]
         if case.name in COMPILED and case.op == "rotate":
@@ -50,7 +50,7 @@ def rows() -> list[Any]:
             found += [(case, BFLOAT16, b, "fwd-graph") for b in backends if not b.startswith("reference")]
         if case.name in ("llm-4096", "vit-256") and case.op == "rotate":
             found += [(case, FLOAT32, b, m) for b in (*OURS, "eager", "liger") for m in MODES]
-    for case in cases(None, "cpu-bench"):
+    for case in cases("rotate", "cpu-bench"):
         found += [(case, FLOAT32, b, m) for b in ("native", "eager", "compile", "reference") for m in MODES]
     return sorted(found, key=lambda row: (str(row[0]), str(row[1]), row[2]))  # the modes of a backend share its build
 

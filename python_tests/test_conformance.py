@@ -1,5 +1,6 @@
 """Every op, on every device, by every backend, against its reference and against PyTorch's own machinery."""
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -21,30 +22,36 @@ from fastrpe.testing.conformance import (
     convert,
     floats,
     public,
+    results_of,
     run,
     truth,
     upstream,
 )
 
-# Ops on queries and keys. The solvers of sparse_cayley are its backends, so its conformance is in its own tests.
-PUBLIC = sorted({n for n, f in vars(fastrpe.ops).items() if inspect.isfunction(f)} - {"sparse_cayley"})
+# The solvers of sparse_cayley are its backends, so its conformance is in its own tests; a step is a call of one token.
+APART = {"sparse_cayley", "linear_attention_step"}
+PUBLIC = sorted({n for n, f in vars(fastrpe.ops).items() if inspect.isfunction(f)} - APART)
 TINY = cases(None, "tiny")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 every_case = pytest.mark.parametrize("case", cases(), ids=str)
 tiny_case = pytest.mark.parametrize("case", TINY, ids=str)
-one_of_each = pytest.mark.parametrize(
-    "case",
-    [
-        case("rotate", "tiny-image-gqa-prefix"),
-        case("rotate", "tiny-packed-partial"),
-        case("rotate", "tiny-basis"),
-        case("rotate", "tiny-basis-inverse"),
-        case("rotate_cos_sin", "tiny"),
-    ],
-    ids=str,
+PAIRS = (
+    case("rotate", "tiny-image-gqa-prefix"),
+    case("rotate", "tiny-packed-partial"),
+    case("rotate", "tiny-basis"),
+    case("rotate", "tiny-basis-inverse"),
+    case("rotate_cos_sin", "tiny"),
 )
+FEATURES = (
+    case("random_features", "tiny"),
+    case("random_features", "tiny-oprf-heads"),
+    case("random_features", "tiny-relu-alone"),
+)
+ATTENTION = (case("linear_attention", "tiny"), case("linear_attention", "tiny-elu-causal"))
+one_pair = pytest.mark.parametrize("case", PAIRS, ids=str)
+one_of_each = pytest.mark.parametrize("case", (*PAIRS, *FEATURES, *ATTENTION), ids=str)
 
 
 # Helpers -------------------------------------------------------------------------------------------------------------
@@ -54,13 +61,20 @@ def slow(case: Case, backend: str, device: torch.device, *names: str) -> None:
     """Interpreted Triton kernels run the tiny cases alone, or ``names``."""
     if backend == "triton" and device.type == "cpu" and not (case.name in names if names else "tiny" in case.tags):
         pytest.skip("too slow for interpreted Triton kernels")
+    if backend == "triton" and "not-triton" in case.tags:
+        pytest.skip("beyond the limits of the Triton kernels")
+
+
+def needs_float64(case: Case, backend: str) -> None:
+    if backend == "triton" and case.op == "linear_attention":
+        pytest.skip("the Triton kernels of linear attention compute in float32")
 
 
 def tensors_first(case: Case, arguments: Arguments, backend: str) -> tuple[Callable[..., Any], list[Tensor]]:
     """The op as a function of its floating inputs alone, as gradcheck and vmap want it."""
     names = floats(arguments)
     rest = {n: x for n, x in arguments.items() if n not in names}
-    alone = arguments["k"] is None
+    alone = arguments.get("k", names) is None
 
     def f(*xs: Tensor) -> Any:
         y = public(case, backend)(**dict(zip(names, xs)), **rest)
@@ -72,11 +86,13 @@ def tensors_first(case: Case, arguments: Arguments, backend: str) -> tuple[Calla
 def op_arguments(case: Case, arguments: Arguments, backend: str) -> tuple[Any, tuple[Any, ...]]:
     """The dispatcher's op and its positional arguments."""
     op = getattr(torch.ops.fastrpe, case.op).default
-    if arguments["k"] is None:
+    if arguments.get("k", op) is None:
         arguments = arguments | dict(k=arguments["q"][:, :0])
-    defaults = dict(interleaved=False, inverse=False, factor=1.0, prefix=0, backend=backend)
-    values = defaults | arguments
-    return op, tuple(values[a.name] for a in op._schema.arguments)
+    parameters = inspect.signature(getattr(fastrpe.ops, case.op)).parameters
+    values = {n: p.default for n, p in parameters.items()} | arguments | dict(backend=backend)
+    if "scale" in values and values["scale"] is None:  # which the public functions resolve
+        values["scale"] = 0.7
+    return op, tuple(values.get(a.name) for a in op._schema.arguments)  # a state, which is several, is None
 
 
 # The suite knows everything ------------------------------------------------------------------------------------------
@@ -98,7 +114,9 @@ def test_every_public_op_has_cases() -> None:
 @pytest.mark.parametrize("op", PUBLIC)
 def test_names_and_order_agree(op: str) -> None:
     """Reference, operator and kernels take the public function's arguments, in its order."""
-    names = [n for n in inspect.signature(getattr(fastrpe.ops, op)).parameters if n != "backend"]
+    parts = {"backend": [], "state": ["kv", "z", "log_scale"], "return_state": []}
+    public = inspect.signature(getattr(fastrpe.ops, op)).parameters
+    names = [part for n in public for part in parts.get(n, [n])]
     assert list(inspect.signature(REFERENCES[op]).parameters) == names
     schema = [a.name for a in getattr(torch.ops.fastrpe, op).default._schema.arguments]
     assert schema == [*names, "backend"]
@@ -107,10 +125,10 @@ def test_names_and_order_agree(op: str) -> None:
         native = getattr(torch.ops.fastrpe_native, op).default
         kernels["native"] = [a.name for a in native._schema.arguments]
     if not problem("triton", "cuda") or INTERPRETED:
-        from fastrpe.ops.rotary import triton_impl
-
+        triton_impl = importlib.import_module(REFERENCES[op].__module__.replace("reference", "triton_impl"))
         kernels["triton"] = list(inspect.signature(getattr(triton_impl, op)).parameters)
     for backend, found in kernels.items():  # the product with a basis may be left to PyTorch
+        found = ["a" if n == "bias" else n for n in found]  # OPRF's a comes as a bias of the exponents
         assert found == [n for n in names if n in found], backend
         assert set(names) - set(found) <= {"basis"}, backend
 
@@ -122,6 +140,8 @@ def test_names_and_order_agree(op: str) -> None:
 @every_case
 def test_values_and_gradients(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> None:
     slow(case, backend, device)
+    if dtype == torch.float64:
+        needs_float64(case, backend)
     if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("interpreted Triton kernels truncate to bfloat16")
     check(case, device, dtype, backend)
@@ -133,10 +153,19 @@ def test_default_backend(case: Case, device: torch.device) -> None:
     check(case, device, torch.float32, None, seed=3)
 
 
-@tiny_case
+@pytest.mark.parametrize("case", [c for c in TINY if "stop-gradient" not in c.tags], ids=str)
 def test_gradcheck(case: Case, device: torch.device, backend: str) -> None:
     """Numerical derivatives with every floating input requiring grad: a missing gradient is a zero one, and fails."""
-    slow(case, backend, device, "tiny-image-gqa-prefix", "tiny-basis-inverse", "tiny-inverse-interleaved")
+    slow(
+        case,
+        backend,
+        device,
+        "tiny-image-gqa-prefix",
+        "tiny-basis-inverse",
+        "tiny-inverse-interleaved",
+        "tiny-oprf-heads",
+    )
+    needs_float64(case, backend)
     f, inputs = tensors_first(case, case.make(device, torch.float64, 0), backend)
     fast = backend == "triton" and device.type == "cpu"
     assert gradcheck(f, [x.requires_grad_() for x in inputs], fast_mode=fast, nondet_tol=0.0)
@@ -154,7 +183,7 @@ def test_each_gradient_alone(case: Case, device: torch.device, backend: str) -> 
         assert_accurate(alone[f"d{name}"], together[f"d{name}"], together[f"d{name}"].double(), dtype=dtype, name=name)
 
 
-@tiny_case
+@pytest.mark.parametrize("case", [c for c in TINY if c.op.startswith("rotate")], ids=str)
 def test_double_backward(case: Case, device: torch.device, backend: str) -> None:
     """Through q and k the backward is the op again; gradients that need another kernel say that they stop there."""
     slow(case, backend, device, "tiny-inverse-interleaved", "tiny-basis-inverse")
@@ -173,7 +202,7 @@ def test_double_backward(case: Case, device: torch.device, backend: str) -> None
 
 
 @pytest.mark.parametrize("wanted", (True, False), ids=("k-alone", "q-alone"))
-@one_of_each
+@one_pair
 def test_one_result_unused(case: Case, device: torch.device, backend: str, wanted: bool) -> None:
     """Autograd passes zeros, or nothing, for a result that the loss does not see."""
     arguments = case.make(device, torch.float64, 0)
@@ -233,7 +262,11 @@ def test_compile(case: Case, device: torch.device, backend: str) -> None:
 
 def _longer(name: str, x: Any, repeats: int) -> Any:
     """A longer batch: what has a batch axis is repeated along it."""
-    return torch.cat((x,) * repeats) if name in ("q", "k") or (name == "positions" and x.dim() == 3) else x
+    return (
+        torch.cat((x,) * repeats)
+        if name in ("q", "k", "v", "x", "mask") or (name == "positions" and x.dim() == 3)
+        else x
+    )
 
 
 @pytest.mark.parametrize("op", PUBLIC)
@@ -242,9 +275,10 @@ def test_compile_inductor(op: str, device: torch.device) -> None:
     one = case(op, "transposed")
     backend = "reference" if problem("native", device.type) else "native"
 
-    def around(op: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        q, k = op(**arguments | dict(q=arguments["q"] * 2))
-        return q + 1, k.relu()
+    def around(op: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        first = next(iter(arguments))
+        y = results_of(op(**arguments | {first: arguments[first] / 2}))
+        return tuple(t.relu() if i else t + 1 for i, t in enumerate(y))
 
     arguments = one.make(device, torch.float32, 0)
     needed = floats(arguments)
@@ -264,7 +298,7 @@ def test_export(case: Case, device: torch.device, backend: str) -> None:
     names = floats(case.make(device, torch.float32, 0))
 
     class Model(torch.nn.Module):
-        def forward(self, *xs: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, *xs: Tensor) -> Any:
             return f(*xs)
 
     longer = [_longer(n, x, 2) for n, x in zip(names, inputs)]
@@ -272,7 +306,7 @@ def test_export(case: Case, device: torch.device, backend: str) -> None:
     dynamic = tuple({0: batch} if x is not y else None for x, y in zip(inputs, longer))
     program = torch.export.export(Model(), tuple(inputs), dynamic_shapes={"xs": dynamic})
     assert repr(backend) in program.graph_module.code
-    for actual, expected in zip(program.module()(*longer), f(*longer)):
+    for actual, expected in zip(results_of(program.module()(*longer)), results_of(f(*longer))):
         assert_bitwise(actual, expected)
 
 
@@ -284,30 +318,32 @@ def test_vmap(case: Case, device: torch.device, backend: str) -> None:
     f, inputs = draws[0]
     stacked = [torch.stack(pair) for pair in zip(*(x for _, x in draws))]
     n = len(inputs)
-    maps = [*([i] for i in range(n)), [0, 1], [2, 3], list(range(n))]
+    maps = [*([i] for i in range(n)), *([i, i + 1] for i in range(0, n - 1, 2)), list(range(n))]
     for axis in (0, -1):
         for mapped in maps:
             args = [stacked[i].movedim(0, axis) if i in mapped else inputs[i] for i in range(n)]
             actual = torch.vmap(f, tuple(axis if i in mapped else None for i in range(n)))(*args)
-            loop = [f(*(stacked[i][j] if i in mapped else inputs[i] for i in range(n))) for j in range(2)]
-            for result, expected in zip(actual, zip(*loop)):
+            loop = [results_of(f(*(stacked[i][j] if i in mapped else inputs[i] for i in range(n)))) for j in range(2)]
+            for result, expected in zip(results_of(actual), zip(*loop)):
                 assert_bitwise(result.contiguous(), torch.stack(expected), name=f"{mapped} mapped")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
 @one_of_each
 def test_autocast(case: Case, device: torch.device, backend: str, dtype: torch.dtype) -> None:
-    """q and k go to the autocast dtype (float64 stays), positions and frequencies do not; gradients come back wide."""
+    """q, k, v or x go to the autocast dtype (float64 stays), what else there is does not; gradients come back wide."""
+    if dtype == torch.float64:
+        needs_float64(case, backend)
     arguments = case.make(device, dtype, 0)
     needed = floats(arguments)
     f = public(case, backend)
 
-    def under_autocast(**arguments: Any) -> tuple[Tensor, Tensor]:
+    def under_autocast(**arguments: Any) -> Any:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return f(**arguments)
 
-    def by_hand(**arguments: Any) -> tuple[Tensor, Tensor]:
-        low = {n: x.bfloat16() for n, x in arguments.items() if n in ("q", "k") and dtype == torch.float32}
+    def by_hand(**arguments: Any) -> Any:
+        low = {n: x.bfloat16() for n, x in arguments.items() if n in ("q", "k", "v", "x") and dtype == torch.float32}
         return f(**arguments | low)
 
     actual, expected = run(under_autocast, arguments, needed), run(by_hand, arguments, needed)
@@ -315,7 +351,7 @@ def test_autocast(case: Case, device: torch.device, backend: str, dtype: torch.d
         assert_bitwise(actual[name], expected[name], name=name)
 
 
-@one_of_each
+@one_pair
 def test_autocast_mixes(case: Case, device: torch.device, backend: str) -> None:
     """A wide key beside a narrow query is no error under autocast, as in scaled_dot_product_attention."""
     arguments = case.make(device, torch.float32, 0)
@@ -341,7 +377,7 @@ def test_inputs_are_left_alone(case: Case, device: torch.device, backend: str) -
     """Results are fresh, contiguous memory; nothing is written to what came in."""
     arguments = case.make(device, torch.float32, 0)
     before = convert(arguments, Tensor.clone)
-    for y in public(case, backend)(**arguments):
+    for y in results_of(public(case, backend)(**arguments)):
         assert y.is_contiguous()
         y.fill_(0)
     for name in floats(arguments):
@@ -365,7 +401,7 @@ def test_cuda_graph(name: str, backend: str | None, dtype: torch.dtype) -> None:
     needed = floats(arguments)
     f = public(one, backend)
     expected = run(f, other, needed)
-    dy = upstream(arguments)
+    dy = upstream(f(**arguments))
     leaves = {n: arguments[n].detach().requires_grad_() for n in needed}
 
     def step() -> list[Tensor]:

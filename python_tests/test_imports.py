@@ -104,7 +104,7 @@ def test_info_of_this_build() -> None:
 
 # One way down: attention -> positions -> ops -> api -> op -> reference, Triton --------------------------------------
 
-LAYERS = ("checks", "backend", "ops", "positions", "attention", "models")
+LAYERS = ("checks", "backend", "ops", "positions", "feature_maps", "attention", "models")
 
 
 def imports(path: Path) -> set[str]:

@@ -53,3 +53,25 @@ SIGMAS = 4
 # 2.8.8: a sparse solver against the dense solve, float64, relative to the largest; ours. Its gradients (2.8.7).
 SPARSE = 1e-12
 SPARSE_GRADIENT = 1e-6
+
+# 4.9.6: linear attention against its weights written out, relative to the largest; in float64 ours.
+LINEAR_ATTENTION = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+# A million tokens, D = V = M = 16, on a CPU, forward and backward, bidirectional and causal: seconds; ours.
+MILLION_SECONDS = 60
+
+# 4.9.2: mean squared errors of random features against their closed forms, relative.
+CLOSED_FORM = 0.03
+
+# 4.3: the table of relative errors, by its digits, relative above 1; 4.9.8: A* against a grid of this step, ours.
+TABLE = 1e-6
+GRID = 1e-3
+
+# 4.9.3: probability below which a chi-square test of uniform rows fails, that of SIGMAS standard errors; ours.
+UNIFORM = 6e-5
+
+# 4.1: a stabilizer cancels in normalised attention, OPRF at A = 0 is positive, and their like; float64, relative; ours.
+CANCELLED_FACTOR = 1e-10
+
+# 4.1: features against their formulas written out, float64, relative to the largest; ours.
+FORMULA = 1e-12

@@ -18,7 +18,8 @@ class Case:
 
     Tags: ``tiny`` (for numerical derivatives and interpreted kernels), ``far`` (positions up to a million), ``bench``
     and ``cpu-bench`` (timed on a GPU, on a CPU; too large for the suite), ``twin`` (a bench case made small),
-    ``learned`` (frequencies, and a basis, that require grad where it is timed), ``length`` (one of a sweep).
+    ``learned`` (frequencies, and a basis, that require grad where it is timed), ``length`` (one of a sweep),
+    ``stop-gradient`` (its gradient is not its derivative), ``not-triton`` (beyond the limits of the Triton kernels).
     """
 
     op: str
@@ -166,6 +167,86 @@ def cos_sin_case(
     return Case("rotate_cos_sin", name, make, frozenset(tags))
 
 
+def features_case(
+    name: str,
+    *tags: str,
+    B: int = 2,
+    H: int = 3,
+    L: int = 65,
+    D: int = 32,
+    M: int | None = 48,  # None: no projection
+    kind: str = "positive",
+    per_head: bool = False,
+    a: float | None = None,
+    layout: str = "",
+    **options: Any,
+) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Arguments:
+        draw = torch.Generator(device).manual_seed(seed)
+        # Of half the size of normalised queries: exponentials of larger ones would be told by their largest alone.
+        x = _layout(torch.randn(B, H, L, D, device=device, dtype=dtype, generator=draw) / 2, layout)
+        wide: Arguments = dict(device=device, dtype=_angle_dtype(dtype))
+        arguments: Arguments = dict(x=x, omega=None, kind=kind, **options)
+        if M is not None:
+            shape = (H, M, D) if per_head else (M, D)
+            arguments["omega"] = torch.randn(shape, generator=draw, **wide)
+        if a is not None:
+            arguments["a"] = torch.full((), a, **wide)
+        return arguments
+
+    stops = {"stop-gradient"} if options.get("stabilizer") else set()
+    return Case("random_features", name, make, frozenset(tags) | stops)
+
+
+def linear_case(
+    name: str,
+    *tags: str,
+    B: int = 2,
+    H: int = 4,
+    Hk: int = 2,
+    L: int = 70,
+    S: int | None = None,  # as L
+    D: int = 16,
+    V: int = 24,
+    M: int | None = 20,  # None: no projection
+    kind: str = "positive",
+    per_head: bool = False,
+    a: float | None = None,
+    masked: bool = False,
+    packed: tuple[int, ...] = (),  # lengths
+    size: float = 1.0,
+    layout: str = "",
+    **options: Any,
+) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Arguments:
+        draw = torch.Generator(device).manual_seed(seed)
+        keys = L if S is None else S
+
+        def normal(*shape: int) -> Tensor:
+            return _layout(torch.randn(shape, device=device, dtype=dtype, generator=draw), layout)
+
+        arguments: Arguments = dict(q=size * normal(B, H, L, D), k=size * normal(B, Hk, keys, D))
+        arguments |= dict(v=normal(B, Hk, keys, V), omega=None, kind=kind, **options)
+        wide: Arguments = dict(device=device, dtype=_angle_dtype(dtype))
+        if kind == "features":  # positive: weights that sum to nearly 0 make every error large
+            arguments |= {n: arguments[n].abs() for n in ("q", "k")}
+        elif M is not None:
+            arguments["omega"] = torch.randn((Hk, M, D) if per_head else (M, D), generator=draw, **wide)
+        if a is not None:
+            arguments["a"] = torch.full((), a, **wide)
+        if masked:
+            arguments["mask"] = torch.rand(B, keys, device=device, generator=draw) < 0.7
+        if packed:
+            ends = torch.tensor(packed, device=device).cumsum(0)
+            arguments["cu_seqlens"] = torch.nn.functional.pad(ends, (1, 0)).int()
+        return arguments
+
+    eps, exponential = options.get("eps", 0.0), kind in ("positive", "hyperbolic", "oprf", "exp")
+    signed = kind == "trigonometric" and (options.get("causal", False) or not options.get("normalize", True))
+    limits = {"not-triton"} if packed or signed or (eps and exponential) else set()
+    return Case("linear_attention", name, make, frozenset(tags) | limits)
+
+
 VIT: Arguments = dict(
     B=2, H=3, L=197, D=64, C=2, grid=(14, 14), prefix=1
 )  # ViT-Ti/16 at 224 pixels: 14 x 14 patches and CLS
@@ -174,6 +255,10 @@ LONG: Arguments = dict(B=1, H=32, L=131072, D=128)
 VIT_256: Arguments = dict(B=64, H=12, L=256, D=64, C=2, grid=(16, 16))
 CPU_2048: Arguments = dict(B=1, H=8, L=2048, D=64)
 TINY: Arguments = dict(B=2, H=2, L=3, D=4)
+
+PERFORMER: Arguments = dict(B=16, H=12, L=1024, D=64, M=128)
+
+TINY_LINEAR: Arguments = dict(B=2, H=2, Hk=1, L=5, D=3, V=2, M=4)
 
 CASES: tuple[Case, ...] = (
     # Sizes that people have
@@ -277,7 +362,118 @@ CASES: tuple[Case, ...] = (
     rotate_case("llm-4096-learned-twin", "twin", **LLM | dict(B=1, H=2, L=96), per_head=True),
     rotate_case("vit-256-twin", "twin", **VIT_256 | dict(B=2, H=2)),
     cos_sin_case("llm-4096-twin", "twin", **LLM | dict(B=1, H=2, L=96)),
+    # Random features
+    features_case("vit-197", B=2, H=3, L=197, D=64, M=128),
+    *(
+        features_case(f"{kind}-{stabilizer}", kind=kind, stabilizer=stabilizer, a=-0.1 if kind == "oprf" else None)
+        for kind in ("positive", "hyperbolic", "trigonometric", "oprf", "exp")
+        for stabilizer in ("row", "global")
+    ),
+    features_case("eps-row", stabilizer="row", eps=1e-4),
+    features_case("hyperbolic", kind="hyperbolic"),
+    features_case("trigonometric", kind="trigonometric"),
+    features_case("relu", kind="relu", eps=1e-3),
+    features_case("elu", kind="elu", eps=1e-3),
+    features_case("exp-small", kind="exp", scale=0.1),
+    features_case("oprf-heads", kind="oprf", a=-0.2, per_head=True),
+    features_case("heads-global", per_head=True, stabilizer="global"),
+    features_case("relu-alone", kind="relu", M=None),
+    features_case("exp-alone-row", kind="exp", M=None, stabilizer="row"),
+    features_case("elu-alone", kind="elu", M=None, scale=0.5),
+    features_case("one-feature", M=1),
+    features_case("one-token", L=1, stabilizer="global"),
+    features_case("one-coordinate", D=1),
+    features_case("ragged", L=33, D=33, M=67, stabilizer="row"),
+    features_case("many", L=40, D=96, M=300, stabilizer="row"),
+    features_case("batch-0", B=0, stabilizer="global"),
+    features_case("length-0", L=0, per_head=True, stabilizer="row"),
+    features_case("heads-0", H=0, per_head=True),
+    features_case("transposed", layout="transposed"),
+    features_case("strided", layout="strided", stabilizer="row"),
+    features_case("shifted", layout="shifted"),
+    features_case("expanded", layout="expanded"),
+    features_case("tiny", "tiny", **TINY, M=5),
+    features_case("tiny-hyperbolic", "tiny", **TINY, M=3, kind="hyperbolic", eps=0.1),
+    features_case("tiny-trigonometric", "tiny", **TINY, M=3, kind="trigonometric", scale=0.5),
+    features_case("tiny-oprf-heads", "tiny", **TINY, M=3, kind="oprf", a=-0.3, per_head=True, eps=0.1),
+    features_case("tiny-relu-alone", "tiny", **TINY, M=None, kind="relu", eps=0.001),
+    features_case("tiny-relu", "tiny", **TINY, M=3, kind="relu", eps=0.001),
+    features_case("tiny-elu", "tiny", **TINY, M=3, kind="elu"),
+    features_case("tiny-exp-alone", "tiny", **TINY, M=None, kind="exp"),
+    features_case("tiny-row", "tiny", **TINY, M=3, stabilizer="row", eps=0.1),
+    features_case("tiny-global-heads", "tiny", **TINY, M=3, stabilizer="global", per_head=True, kind="hyperbolic"),
+    # Linear attention
+    *(
+        linear_case(kind + "-causal" * causal, kind=kind, causal=causal, a=-0.1 if kind == "oprf" else None, eps=eps)
+        for kind, eps in (
+            ("positive", 0.0),
+            ("hyperbolic", 0.0),
+            ("oprf", 0.0),
+            ("exp", 0.0),
+            ("relu", 1e-3),
+            ("elu", 0.0),
+            ("features", 0.0),
+        )
+        for causal in (False, True)
+    ),
+    # Weights of both signs that cancel have no accuracy to compare: what they multiply has
+    linear_case("trigonometric", kind="trigonometric", normalize=False),
+    linear_case("trigonometric-causal", kind="trigonometric", normalize=False, causal=True),
+    linear_case("vit-197", B=2, H=3, Hk=3, L=197, D=64, V=64, M=128),
+    linear_case("causal-197", B=1, H=2, Hk=2, L=197, D=64, V=64, M=128, causal=True),
+    linear_case("cross", L=33, S=150),
+    linear_case("cross-heads-masked", L=150, S=33, per_head=True, masked=True),
+    linear_case("heads-causal-masked", per_head=True, masked=True, causal=True, L=150),
+    linear_case("sum", normalize=False, scale=0.2),
+    linear_case("sum-causal", normalize=False, causal=True, scale=0.2, kind="oprf", a=-0.1),
+    linear_case("eps", eps=0.1, masked=True),
+    linear_case("eps-causal", eps=0.1, causal=True, masked=True, kind="hyperbolic"),
+    linear_case("relu-alone", kind="relu", M=None, eps=1e-3),
+    linear_case("exp-alone-causal", kind="exp", M=None, causal=True),
+    linear_case("elu-alone-causal", kind="elu", M=None, causal=True, scale=0.5),
+    linear_case("packed", B=1, L=150, packed=(7, 64, 0, 66, 13)),
+    linear_case("packed-causal-masked", B=1, L=150, packed=(7, 64, 0, 66, 1), causal=True, masked=True),
+    linear_case("large", size=8.0),
+    linear_case("large-causal", size=8.0, causal=True, L=150),
+    linear_case("one-feature", M=1),
+    linear_case("one-feature-causal", M=1, causal=True),
+    linear_case("one-token", L=1, causal=True),
+    linear_case("one-coordinate", D=1, V=1),
+    linear_case("ragged-causal", L=129, D=33, V=17, M=67, causal=True),
+    linear_case("many", B=1, L=40, D=96, V=80, M=300),
+    linear_case("group-8", H=8, Hk=1, causal=True),
+    linear_case("batch-0", B=0),
+    linear_case("length-0", L=0, causal=True),
+    linear_case("no-queries", L=0, S=9),
+    linear_case("no-keys", L=9, S=0),
+    linear_case("transposed", layout="transposed"),
+    linear_case("strided-causal", layout="strided", causal=True),
+    linear_case("expanded", layout="expanded"),
+    linear_case("tiny", "tiny", **TINY_LINEAR),
+    linear_case("tiny-causal", "tiny", **TINY_LINEAR, causal=True, eps=0.1),
+    linear_case("tiny-hyperbolic-causal", "tiny", **TINY_LINEAR, kind="hyperbolic", causal=True, masked=True),
+    linear_case("tiny-oprf-heads", "tiny", **TINY_LINEAR | dict(Hk=2), kind="oprf", a=-0.3, per_head=True, eps=0.1),
+    linear_case("tiny-trigonometric", "tiny", **TINY_LINEAR, kind="trigonometric", normalize=False, causal=True),
+    linear_case("tiny-relu-alone", "tiny", **TINY_LINEAR | dict(M=None), kind="relu", eps=0.1),
+    linear_case("tiny-elu-causal", "tiny", **TINY_LINEAR, kind="elu", causal=True),
+    linear_case("tiny-features-masked", "tiny", **TINY_LINEAR, kind="features", S=7, masked=True),
+    linear_case("tiny-exp-sum-causal", "tiny", **TINY_LINEAR, kind="exp", normalize=False, causal=True),
     # Timed
+    *(
+        linear_case(name + "-causal" * causal, "bench", **PERFORMER | dict(Hk=12, V=64) | sizes, causal=causal)
+        for name, sizes in (
+            ("b16-l256-m64", dict(B=16, H=12, L=256, M=64)),
+            ("b16-l512", dict(B=16, H=12, L=512, M=128)),
+            ("b16-l1024", dict(B=16, H=12, L=1024, M=128)),
+            ("b4-l16384", dict(B=4, H=12, L=16384, M=128)),
+            ("b1-l131072", dict(B=1, H=12, L=131072, M=128)),
+        )
+        for causal in (False, True)
+    ),
+    linear_case("cpu-4096", "cpu-bench", B=1, H=4, Hk=4, L=4096, D=64, V=64, M=128),
+    linear_case("cpu-4096-causal", "cpu-bench", B=1, H=4, Hk=4, L=4096, D=64, V=64, M=128, causal=True),
+    features_case("b16-l1024", "bench", **PERFORMER),
+    features_case("cpu-4096", "cpu-bench", **PERFORMER | dict(B=1, H=4, L=4096)),
     *(
         case
         for name, sizes in (("llm-4096", LLM), ("long-131072", LONG), ("vit-256", VIT_256))

@@ -1,0 +1,438 @@
+// Features of a block of rows on a CPU, and the products that attention makes of them. Matrices lie in rows whose
+// length is a multiple of the vectors' and whose ends stay 0.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../common/vector.h"
+#include "../features/features.h"
+
+namespace fastrpe {
+namespace linear {
+namespace {
+
+constexpr int64_t block = 64;       // rows whose features are held at a time
+constexpr double empty = -1e30;     // log_scale of a feature that no key has reached
+constexpr double slack = 40;        // how far an exponent may exceed the c it is held relative to: exp(40) is small
+constexpr double negligible = -87;  // exponentials below this are 0, never denormal
+
+enum class Kind { positive, hyperbolic, trigonometric, oprf, relu, exp, elu, features };
+
+// Row lengths that are no power of two apart, which would fall into few sets of the cache.
+template <typename A>
+int64_t row_of(int64_t n) {
+  return padded<A>(n) + lanes<A>;
+}
+
+// What is common to all rows of a set of heads.
+template <typename A>
+struct Map {
+  Kind kind;
+  bool projects;  // or omega is the identity
+  int64_t D, M, F, lx, lf;
+  A scale, eps, floor;
+  std::vector<A> omega, omega_t, bias;  // (M, lx), (D, lf), (lf,)
+
+  bool has_norm() const {
+    return kind == Kind::positive || kind == Kind::hyperbolic || kind == Kind::trigonometric;
+  }
+  bool is_exponential() const {
+    return kind == Kind::positive || kind == Kind::hyperbolic || kind == Kind::exp;
+  }
+  bool has_exponent() const {
+    return is_exponential() || kind == Kind::trigonometric;
+  }
+};
+
+template <typename A>
+FASTRPE_HD A exp_or_0(A x) {
+  const A y = features::exponential(x);
+  return x < A(negligible) ? A(0) : y;
+}
+
+template <typename A>
+FASTRPE_HD A largest_in(const A* x, int64_t n) {
+  const int64_t whole = n / lanes<A> * lanes<A>;
+  A most = whole ? largest_of(x, whole) : x[0];
+  for (int64_t i = whole; i < n; ++i) {
+    most = x[i] > most ? x[i] : most;
+  }
+  return most;
+}
+
+template <typename A>
+FASTRPE_HD A dot_in(const A* x, const A* y, int64_t n) {  // n a multiple of the lanes
+  using V = typename Wide<A>::type;
+  V sum = {};
+  for (int64_t i = 0; i < n; i += lanes<A>) {
+    sum += *reinterpret_cast<const V*>(x + i) * *reinterpret_cast<const V*>(y + i);
+  }
+  A total = 0;
+  for (int j = 0; j < lanes<A>; ++j) {
+    total += sum[j];
+  }
+  return total;
+}
+
+// Of projections e (n, lf): exponents in e, and amplitudes where they are not all 1.
+template <typename A>
+FASTRPE_HD void activate_in(const Map<A>& map, A* e, A* amplitude, const A* x, int64_t n) {
+  const int64_t M = map.M, F = map.F;
+  for (int64_t i = 0; i < n; ++i, e += map.lf, amplitude += map.lf, x += map.lx) {
+    const A half = map.has_norm() ? sum_of_squares(x, padded<A>(map.D)) / 2 : A(0);
+    switch (map.kind) {
+      case Kind::positive:
+      case Kind::exp: {
+        const A* bias = map.bias.data();
+        for (int64_t f = 0; f < F; ++f) {
+          e[f] += bias[f] - half;
+        }
+        break;
+      }
+      case Kind::hyperbolic:
+        for (int64_t f = 0; f < M; ++f) {
+          const A p = e[f];
+          e[f] = p - half;
+          amplitude[f] = -p - half;
+        }
+        for (int64_t f = 0; f < M; ++f) {
+          e[M + f] = amplitude[f];
+        }
+        break;
+      case Kind::trigonometric:
+        for (int64_t f = 0; f < M; ++f) {
+          A c, s;
+          features::cos_sin(e[f], c, s);
+          amplitude[f] = c;
+          e[f] = s;
+        }
+        for (int64_t f = 0; f < M; ++f) {
+          amplitude[M + f] = e[f];
+        }
+        for (int64_t f = 0; f < F; ++f) {
+          e[f] = half;
+        }
+        break;
+      case Kind::relu:
+        for (int64_t f = 0; f < F; ++f) {
+          amplitude[f] = e[f] > 0 ? e[f] : A(0);
+        }
+        break;
+      case Kind::elu:
+        for (int64_t f = 0; f < F; ++f) {
+          amplitude[f] = features::positive_elu(e[f]);
+        }
+        break;
+      default:
+        for (int64_t f = 0; f < F; ++f) {
+          amplitude[f] = e[f];
+        }
+    }
+  }
+}
+
+// How many rows can be held relative to one c: the first, and those behind it that exceed c by no more than the slack.
+// `most` becomes the largest of each feature; c is what it is behind the first row. No row looks at a later one.
+template <typename A>
+FASTRPE_HD int64_t reach_in(const Map<A>& map, const A* e, const bool* keep, int64_t n, A* most, A* c) {
+  const int64_t F = map.F;
+  for (int64_t i = 0; i < n; ++i, e += map.lf) {
+    if (i && keep[i]) {
+      int over = 0;
+      for (int64_t f = 0; f < F; ++f) {
+        over |= e[f] > c[f] + A(slack);
+      }
+      if (over) {
+        return i;
+      }
+    }
+    if (keep[i]) {
+      for (int64_t f = 0; f < F; ++f) {
+        most[f] = e[f] > most[f] ? e[f] : most[f];
+      }
+    }
+    if (!i) {
+      for (int64_t f = 0; f < F; ++f) {
+        c[f] = most[f];
+      }
+    }
+  }
+  return n;
+}
+
+// Key features divided by exp(c): `own` without eps, `phi` with it (where it is not 0). Rows not kept are 0.
+template <typename A>
+FASTRPE_HD void keys_in(const Map<A>& map, A* own, A* phi, const A* e, const A* amplitude, const A* c, const A* add,
+                        const bool* keep, int64_t n) {
+  const int64_t F = map.F;
+  for (int64_t i = 0; i < n; ++i, own += map.lf, phi += map.lf, e += map.lf, amplitude += map.lf) {
+    if (!keep[i]) {
+      std::fill(own, own + F, A(0));
+      std::fill(phi, phi + F, A(0));
+      continue;
+    }
+    if (map.is_exponential()) {
+#pragma GCC ivdep
+      for (int64_t f = 0; f < F; ++f) {
+        own[f] = exp_or_0(e[f] - c[f]);
+      }
+    } else if (map.has_exponent()) {
+#pragma GCC ivdep
+      for (int64_t f = 0; f < F; ++f) {
+        own[f] = amplitude[f] * exp_or_0(e[f] - c[f]);
+      }
+    } else {
+      std::copy(amplitude, amplitude + F, own);
+    }
+    if (map.eps != 0) {
+      for (int64_t f = 0; f < F; ++f) {
+        phi[f] = own[f] + add[f];
+      }
+    }
+  }
+}
+
+// Query features multiplied by exp(c - r), and r. `own` and `w` as for keys.
+template <typename A>
+FASTRPE_HD void queries_in(const Map<A>& map, A* own, A* w, const A* b, const A* amplitude, const A* c, A* r,
+                           int64_t n) {
+  const int64_t F = map.F;
+  for (int64_t i = 0; i < n; ++i, own += map.lf, w += map.lf, b += map.lf, amplitude += map.lf) {
+    if (!map.has_exponent()) {
+      std::copy(amplitude, amplitude + F, own);
+      r[i] = 0;
+      for (int64_t f = 0; map.eps != 0 && f < F; ++f) {
+        w[f] = own[f] + map.eps;
+      }
+      continue;
+    }
+    for (int64_t f = 0; f < F; ++f) {
+      own[f] = b[f] + c[f];
+    }
+    A most = largest_in(own, F);
+    if (map.eps != 0) {
+      const A other = map.floor + largest_in(c, F);
+      most = other > most ? other : most;
+    }
+    r[i] = most;
+#pragma GCC ivdep
+    for (int64_t f = 0; f < F; ++f) {
+      own[f] = exp_or_0(own[f] - most);
+    }
+    if (!map.is_exponential()) {
+      for (int64_t f = 0; f < F; ++f) {
+        own[f] *= amplitude[f];
+      }
+    }
+    if (map.eps != 0) {
+#pragma GCC ivdep
+      for (int64_t f = 0; f < F; ++f) {
+        w[f] = own[f] + exp_or_0(map.floor + c[f] - most);
+      }
+    }
+  }
+}
+
+// The derivative by the projections, in place of that by the features, d (n, lf), and by the |x|^2 / 2 that exponents
+// are less by.
+template <typename A>
+FASTRPE_HD void activate_bwd_in(const Map<A>& map, A* d, const A* own, A* total, int64_t n) {
+  const int64_t M = map.M, F = map.F;
+  for (int64_t i = 0; i < n; ++i, d += map.lf, own += map.lf) {
+    total[i] = map.has_norm() ? dot_in(d, own, padded<A>(F)) : A(0);
+    total[i] = map.kind == Kind::trigonometric ? -total[i] : total[i];
+    switch (map.kind) {
+      case Kind::positive:
+      case Kind::exp:
+        for (int64_t f = 0; f < F; ++f) {
+          d[f] *= own[f];
+        }
+        break;
+      case Kind::hyperbolic:
+        for (int64_t f = 0; f < M; ++f) {
+          d[f] = d[f] * own[f] - d[M + f] * own[M + f];
+        }
+        break;
+      case Kind::trigonometric:
+        for (int64_t f = 0; f < M; ++f) {
+          d[f] = d[M + f] * own[f] - d[f] * own[M + f];
+        }
+        break;
+      case Kind::relu:
+        for (int64_t f = 0; f < F; ++f) {
+          d[f] = own[f] > 0 ? d[f] : A(0);
+        }
+        break;
+      case Kind::elu:
+        for (int64_t f = 0; f < F; ++f) {
+          d[f] *= own[f] < 1 ? own[f] : A(1);
+        }
+        break;
+      default:
+        break;
+    }
+  }
+}
+
+// Rows of a state go from exp(from) to exp(to); few of them move.
+template <typename A>
+FASTRPE_HD void rescale_in(A* rows, int64_t row, int64_t n, A* sums, const A* from, const A* to, int64_t F) {
+  for (int64_t f = 0; f < F; ++f) {
+    if (from[f] == to[f]) {
+      continue;
+    }
+    const A factor = exp_or_0(from[f] - to[f]);
+    sums[f] *= factor;
+    for (int64_t j = 0; j < n; ++j) {
+      rows[f * row + j] *= factor;
+    }
+  }
+}
+
+// The same for a transposed state.
+template <typename A>
+FASTRPE_HD void rescale_t_in(A* columns, int64_t row, int64_t n, A* sums, const A* from, const A* to, int64_t F,
+                             A* factor) {
+  bool moved = false;
+  for (int64_t f = 0; f < F; ++f) {
+    factor[f] = exp_or_0(from[f] - to[f]);
+    sums[f] *= factor[f];
+    moved = moved || from[f] != to[f];
+  }
+  for (int64_t j = 0; moved && j < n; ++j) {
+    for (int64_t f = 0; f < F; ++f) {
+      columns[j * row + f] *= factor[f];
+    }
+  }
+}
+
+template <typename A>
+FASTRPE_HD void transpose_in(A* to, int64_t to_row, const A* from, int64_t from_row, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      to[j * to_row + i] = from[i * from_row + j];
+    }
+  }
+}
+
+// Sums over all features, or values, of products of rows: dots[i] = <x_i, y_i>, or <x_i, y> for a y_row of 0.
+template <typename A>
+FASTRPE_HD void dots_in(A* dots, const A* x, int64_t x_row, const A* y, int64_t y_row, int64_t rows, int64_t n,
+                        bool add) {
+  for (int64_t i = 0; i < rows; ++i) {
+    dots[i] = (add ? dots[i] : A(0)) + dot_in(x + i * x_row, y + i * y_row, n);
+  }
+}
+
+// rows[i] = rows[i] * by[i] + plus[i] * y.
+template <typename A>
+FASTRPE_HD void scale_rows_in(A* x, int64_t row, const A* by, const A* plus, const A* y, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      x[i * row + j] = x[i * row + j] * by[i] + plus[i] * y[j];
+    }
+  }
+}
+
+// y += sum over rows of by[i] x_i.
+template <typename A>
+FASTRPE_HD void add_rows_in(A* y, const A* x, int64_t row, const A* by, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const A factor = by ? by[i] : A(1);
+    for (int64_t j = 0; j < n; ++j) {
+      y[j] += factor * x[i * row + j];
+    }
+  }
+}
+
+// The largest of each column over the rows kept, and of what `most` was.
+template <typename A>
+FASTRPE_HD void largest_rows_in(A* most, const A* e, int64_t row, const bool* keep, int64_t n, int64_t F) {
+  for (int64_t i = 0; i < n; ++i, e += row) {
+    for (int64_t f = 0; keep[i] && f < F; ++f) {
+      most[f] = e[f] > most[f] ? e[f] : most[f];
+    }
+  }
+}
+
+// x_i -= by[i] y_i.
+template <typename A>
+FASTRPE_HD void subtract_rows_in(A* x, const A* y, const A* by, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      x[i * n + j] -= by[i] * y[i * n + j];
+    }
+  }
+}
+
+// x_i *= by[i].
+template <typename A>
+FASTRPE_HD void multiply_rows_in(A* x, int64_t row, const A* by, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      x[i * row + j] *= by[i];
+    }
+  }
+}
+
+#define FASTRPE_DEFINE(A)                                                                                              \
+  FASTRPE_CLONES void product(A* c, int64_t ldc, const A* a, int64_t row, int64_t step, const A* b, int64_t ldb,       \
+                              int64_t n, int64_t m, int64_t K, bool add) {                                             \
+    multiply(c, ldc, a, row, step, b, ldb, n, padded<A>(m), K, add);                                                   \
+  }                                                                                                                    \
+  FASTRPE_CLONES void activate(const Map<A>& map, A* e, A* amplitude, const A* x, int64_t n) {                         \
+    activate_in(map, e, amplitude, x, n);                                                                              \
+  }                                                                                                                    \
+  FASTRPE_CLONES int64_t reach(const Map<A>& map, const A* e, const bool* keep, int64_t n, A* most, A* c) {            \
+    return reach_in(map, e, keep, n, most, c);                                                                         \
+  }                                                                                                                    \
+  FASTRPE_CLONES void keys(const Map<A>& map, A* own, A* phi, const A* e, const A* amplitude, const A* c,              \
+                           const A* add, const bool* keep, int64_t n) {                                                \
+    keys_in(map, own, phi, e, amplitude, c, add, keep, n);                                                             \
+  }                                                                                                                    \
+  FASTRPE_CLONES void queries(const Map<A>& map, A* own, A* w, const A* b, const A* amplitude, const A* c, A* r,       \
+                              int64_t n) {                                                                             \
+    queries_in(map, own, w, b, amplitude, c, r, n);                                                                    \
+  }                                                                                                                    \
+  FASTRPE_CLONES void activate_bwd(const Map<A>& map, A* d, const A* own, A* total, int64_t n) {                       \
+    activate_bwd_in(map, d, own, total, n);                                                                            \
+  }                                                                                                                    \
+  FASTRPE_CLONES void rescale(A* rows, int64_t row, int64_t n, A* sums, const A* from, const A* to, int64_t F) {       \
+    rescale_in(rows, row, n, sums, from, to, F);                                                                       \
+  }                                                                                                                    \
+  FASTRPE_CLONES void rescale_t(A* columns, int64_t row, int64_t n, A* sums, const A* from, const A* to, int64_t F,    \
+                                A* factor) {                                                                           \
+    rescale_t_in(columns, row, n, sums, from, to, F, factor);                                                          \
+  }                                                                                                                    \
+  FASTRPE_CLONES void transpose(A* to, int64_t to_row, const A* from, int64_t from_row, int64_t rows,                  \
+                                int64_t columns) {                                                                     \
+    transpose_in(to, to_row, from, from_row, rows, columns);                                                           \
+  }                                                                                                                    \
+  FASTRPE_CLONES void dots(A* to, const A* x, int64_t x_row, const A* y, int64_t y_row, int64_t rows, int64_t n,       \
+                           bool add) {                                                                                 \
+    dots_in(to, x, x_row, y, y_row, rows, n, add);                                                                     \
+  }                                                                                                                    \
+  FASTRPE_CLONES void scale_rows(A* x, int64_t row, const A* by, const A* plus, const A* y, int64_t rows, int64_t n) { \
+    scale_rows_in(x, row, by, plus, y, rows, n);                                                                       \
+  }                                                                                                                    \
+  FASTRPE_CLONES void add_rows(A* y, const A* x, int64_t row, const A* by, int64_t rows, int64_t n) {                  \
+    add_rows_in(y, x, row, by, rows, n);                                                                               \
+  }                                                                                                                    \
+  FASTRPE_CLONES void largest_rows(A* most, const A* e, int64_t row, const bool* keep, int64_t n, int64_t F) {         \
+    largest_rows_in(most, e, row, keep, n, F);                                                                         \
+  }                                                                                                                    \
+  FASTRPE_CLONES void subtract_rows(A* x, const A* y, const A* by, int64_t rows, int64_t n) {                          \
+    subtract_rows_in(x, y, by, rows, n);                                                                               \
+  }                                                                                                                    \
+  FASTRPE_CLONES void multiply_rows(A* x, int64_t row, const A* by, int64_t rows, int64_t n) {                         \
+    multiply_rows_in(x, row, by, rows, n);                                                                             \
+  }
+FASTRPE_DEFINE(float)
+FASTRPE_DEFINE(double)
+#undef FASTRPE_DEFINE
+
+}  // namespace
+}  // namespace linear
+}  // namespace fastrpe

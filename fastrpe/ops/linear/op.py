@@ -1,0 +1,275 @@
+"""The operator of linear attention: schema, kernel table, fake, autograd, autocast and vmap rules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..features.reference import KINDS as FEATURE_KINDS
+from ..features.reference import size_of
+from . import reference
+
+LIB = torch.library.Library("fastrpe", "FRAGMENT")
+INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? omega, str kind, bool causal, float scale, Tensor? a, float eps, "
+    "bool normalize, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? z, Tensor? log_scale"
+)
+# The last three results are the state behind the last key.
+LIB.define(f"linear_attention({INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
+# Takes the forward's state too, under names that begin with "last_"; gives the gradients of q, k, v, omega, a, kv, z.
+LIB.define(
+    f"linear_attention_bwd(Tensor dout, Tensor? dkv, Tensor? dz, {INPUTS}, Tensor last_kv, Tensor last_z, "
+    "Tensor last_log_scale, bool need_omega, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+KINDS = (*FEATURE_KINDS, "features")
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+# Kernels -------------------------------------------------------------------------------------------------------------
+
+
+def _kernel(name: str, backend: str) -> Callable[..., Any]:
+    """The kernel of a backend; ``kind`` is a name to Triton's and an index of KINDS to the native library's."""
+    if backend == "triton":
+        from . import triton_impl
+
+        kernel: Callable[..., Any] = getattr(triton_impl, name)
+        return kernel
+    native = getattr(torch.ops.fastrpe_native, name).default
+    return lambda *args: native(*(KINDS.index(x) if isinstance(x, str) else x for x in args))
+
+
+def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
+    """What kernels take: projection and a bias of the exponents in the dtype of the arithmetic, and their kind.
+
+    OPRF's exponents are those of positive features with omega times sqrt(1 - 4 a) and the bias a |w|^2.
+    """
+    if omega is None:
+        return None, None, kind
+    wide = omega.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    if kind != "oprf" or a is None:
+        return wide, None, kind
+    a = a.to(wide.dtype)
+    return wide * (1 - 4 * a) ** 0.5, (a * wide.square().sum(-1)).contiguous(), "positive"
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _linear_attention(
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, S, D)
+    v: Tensor,  # (B, Hk, S, V)
+    omega: Tensor | None,  # (M, D) or (Hk, M, D)
+    kind: str,
+    causal: bool,
+    scale: float,
+    a: Tensor | None,  # ()
+    eps: float,
+    normalize: bool,
+    mask: Tensor | None,  # (B, S)
+    cu_seqlens: Tensor | None,  # (N + 1,)
+    kv: Tensor | None,  # (N, Hk, F, V)
+    z: Tensor | None,  # (N, Hk, F)
+    log_scale: Tensor | None,  # (N, Hk, F)
+    backend: str,
+) -> Results:
+    if backend == "reference":
+        return reference.linear_attention(
+            q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
+        )
+    omega, bias, kind = _prepare(q, omega, kind, a)
+    rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
+    results: Results = _kernel("linear_attention", backend)(
+        q, k, v, omega, kind, causal, scale, bias, eps, normalize, *rest
+    )
+    return results
+
+
+def _linear_attention_bwd(
+    dout: Tensor,  # (B, H, L, V)
+    dkv: Tensor | None,  # (N, Hk, F, V)
+    dz: Tensor | None,  # (N, Hk, F)
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, S, D)
+    v: Tensor,  # (B, Hk, S, V)
+    omega: Tensor | None,  # (M, D) or (Hk, M, D)
+    kind: str,
+    causal: bool,
+    scale: float,
+    a: Tensor | None,  # ()
+    eps: float,
+    normalize: bool,
+    mask: Tensor | None,  # (B, S)
+    cu_seqlens: Tensor | None,  # (N + 1,)
+    kv: Tensor | None,  # (N, Hk, F, V)
+    z: Tensor | None,  # (N, Hk, F)
+    log_scale: Tensor | None,  # (N, Hk, F)
+    last_kv: Tensor,  # (N, Hk, F, V)
+    last_z: Tensor,  # (N, Hk, F)
+    last_log_scale: Tensor,  # (N, Hk, F)
+    need_omega: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, omega, a, kv and z; those of tensors that are not there, or not needed, are empty."""
+    if backend == "reference":
+        inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
+        return _by_autograd((dout, dkv, dz), inputs, need_omega)
+    prepared, bias, kernel_kind = _prepare(q, omega, kind, a)
+    rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
+    dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(
+        dout, *_contiguous(dkv, dz), q, k, v, prepared, kernel_kind, causal, scale, bias, eps, normalize, *rest,
+        need_omega,
+    )  # fmt: skip
+    da = q.new_empty(0)
+    if kv is None:
+        dkv0, dz0 = q.new_empty(0), q.new_empty(0)
+    if omega is None or not need_omega:
+        domega = q.new_empty(0)
+    else:
+        if bias is not None and a is not None:
+            wide, factor = omega.to(domega.dtype), (1 - 4 * a.to(domega.dtype)) ** 0.5
+            da = ((dbias * wide.square().sum(-1)).sum() - (domega * wide).sum() * 2 / factor).to(a.dtype)
+            domega = domega * factor + 2 * a.to(domega.dtype) * dbias.unsqueeze(-1) * wide
+        domega = domega.to(omega.dtype)
+    return dq, dk, dv, domega, da, dkv0, dz0
+
+
+DIFFERENTIABLE = (0, 1, 2, 3, 7, 12, 13)  # q, k, v, omega, a, kv and z among the inputs
+
+
+def _by_autograd(dy: tuple[Tensor | None, ...], inputs: tuple[Any, ...], need_omega: bool) -> tuple[Tensor, ...]:
+    """The reference's backward; below an operator autograd is off twice, by its mode and by the dispatcher's keys."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    tls = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set() - keys
+    wanted = [i for i in DIFFERENTIABLE if inputs[i] is not None and (need_omega or i not in (3, 7))]
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(*tls):
+        leaves = {i: inputs[i].detach().requires_grad_() for i in wanted}
+        y = reference.linear_attention(*(leaves.get(i, x) for i, x in enumerate(inputs)))
+        pairs = [(t, g.to(t.dtype)) for t, g in zip(y, dy) if g is not None and t.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if pairs:  # none where there are no rows
+            outputs, upstream = zip(*pairs)
+            found = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+    grads = {
+        i: torch.zeros_like(x, memory_format=torch.contiguous_format) if g is None else g.contiguous()
+        for (i, x), g in zip(leaves.items(), found)
+    }
+    return tuple(grads[i] if i in grads else inputs[0].new_empty(0) for i in DIFFERENTIABLE)
+
+
+LIB.impl("linear_attention", _linear_attention, "CompositeExplicitAutograd")
+LIB.impl("linear_attention_bwd", _linear_attention_bwd, "CompositeExplicitAutograd")
+
+
+# Fake ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastrpe::linear_attention", lib=LIB)
+def _(q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, kind: str, *rest: Any) -> Results:
+    cu_seqlens, F = rest[-5], size_of(q, omega, kind)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = v.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+    heads = N, k.shape[1], F
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    return out, wide.new_empty(*heads, v.shape[-1]), wide.new_empty(heads), wide.new_empty(heads)
+
+
+@torch.library.register_fake("fastrpe::linear_attention_bwd", lib=LIB)
+def _(
+    dout: Tensor, dkv: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None,
+    kind: str, causal: bool, scale: float, a: Tensor | None, eps: float, normalize: bool, mask: Tensor | None,
+    cu_seqlens: Tensor | None, kv: Tensor | None, z: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_omega = rest[-2]
+    there = (q, k, v, *((omega, a) if need_omega else (None, None)), kv, z)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in there)
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, ctx.backend = inputs
+    ctx.options = kind, causal, scale, eps, normalize
+    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:])
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | None, _: Any) -> tuple[Any, ...]:
+    q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last = ctx.saved_tensors
+    kind, causal, scale, eps, normalize = ctx.options
+    needs = ctx.needs_input_grad
+    if dout is None and dkv is None and dz is None:
+        return (None,) * 16
+    if dout is None:
+        dout = q.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
+    dq, dk, dv, domega, da, dkv0, dz0 = torch.ops.fastrpe.linear_attention_bwd(
+        dout, dkv, dz, q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale,
+        *last, needs[3] or needs[7], ctx.backend,
+    )  # fmt: skip
+    # The state is exp(log_scale) times kv and z.
+    dlog_scale = (dkv0 * kv).sum(-1) + dz0 * z if needs[14] else None
+    grads = [None] * 16
+    for i, g in zip((*DIFFERENTIABLE, 14), (dq, dk, dv, domega, da, dkv0, dz0, dlog_scale)):
+        grads[i] = g if needs[i] else None
+    return tuple(grads)
+
+
+def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "linear_attention: inputs must not require grad for a second derivative, got a gradient that depends on theirs"
+    )
+
+
+torch.library.register_autograd("fastrpe::linear_attention", _backward, setup_context=_setup, lib=LIB)
+torch.library.register_autograd(
+    "fastrpe::linear_attention_bwd", _no_double_backward, setup_context=_setup_nothing, lib=LIB
+)
+
+
+# Autocast: q, k and v go to the autocast dtype, as in scaled_dot_product_attention; omega, a and the state stay -------
+
+
+def _autocast(device_type: str, key: str) -> None:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Results:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+            y: Results = torch.ops.fastrpe.linear_attention.default(q, k, v, *rest)
+            return y
+
+    LIB.impl("linear_attention", cast, key)
+
+
+_autocast("cuda", "AutocastCUDA")
+_autocast("cpu", "AutocastCPU")
+
+
+# vmap: a loop, since a mapped projection or packing is a problem of its own ------------------------------------------
+
+
+def _vmap(name: str) -> None:
+    op = getattr(torch.ops.fastrpe, name).default
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        tensors = [x if d is None else x.movedim(d, 0) for x, d in zip(args, in_dims)]
+        calls = [op(*(t if d is None else t[i] for t, d in zip(tensors, in_dims))) for i in range(info.batch_size)]
+        results = tuple(torch.stack(parts) for parts in zip(*calls))
+        return results, (0,) * len(results)
+
+    torch.library.register_vmap(f"fastrpe::{name}", rule, lib=LIB)
+
+
+_vmap("linear_attention")
+_vmap("linear_attention_bwd")

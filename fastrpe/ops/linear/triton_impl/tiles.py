@@ -1,0 +1,367 @@
+"""What the Triton kernels of linear attention share: tiles, features, states and the plan of a launch.
+
+Exponents are in base 2 inside. Performer attention is softmax attention twice: features attend over keys, queries over
+features; the running maximum of a feature over keys, c, and of a row over features stay out of the results.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+EMPTY = tl.constexpr(-1e20)  # the maximum of no exponent at all
+MASKED = tl.constexpr(-1e30)  # the exponent of a row that takes no part: far below EMPTY, yet no infinity to subtract
+VANISHED = tl.constexpr(8e-25)  # a causal row's sum, 2^-80, below which its largest weight may have been flushed to 0
+EXP, RELU, ELU, READY, TRIG = (tl.constexpr(i) for i in range(5))
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NO_BFLOAT16 = tl.constexpr(INTERPRETED)  # NumPy, which the interpreter runs on, would multiply its bits
+
+
+def _steps(*bounds: Any) -> range:
+    return range(*(int(b.handle.data.item()) if isinstance(b, tl.tensor) else int(b) for b in bounds))
+
+
+# Triton 3.6's interpreter cannot loop up to a tensor's value with NumPy 2.4.
+steps: Any = _steps if INTERPRETED else tl.range
+
+
+# Tiles ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(p_x, i, x_l, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Rows i to i + BR of a matrix of C columns, (BR, BC), zero outside."""
+    o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
+    m = (i + o_r < rows)[:, None]
+    if C != BC:
+        m &= (o_c < C)[None, :]
+    return tl.load(p_x + tl.cast(i, tl.int64) * x_l + o_r[:, None] * x_l + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def store_rows(p_y, b_y, i, y_l, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
+    m = (i + o_r < rows)[:, None]
+    if C != BC:
+        m &= (o_c < C)[None, :]
+    p = p_y + tl.cast(i, tl.int64) * y_l + o_r[:, None] * y_l + o_c[None, :]
+    tl.store(p, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def load_omega(
+    p_w, o_f, M, F, D: tl.constexpr, BD: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr
+):  # fmt: skip
+    """Rows o_f of the projection, (BF, BD): of the second half of the features those of the first again, or negated."""
+    o_d = tl.arange(0, BD)
+    if IDENTITY:
+        return tl.where(o_f[:, None] == o_d[None, :], 1.0, 0.0)
+    m = (o_f < F)[:, None] & (o_d < D)[None, :]
+    b_w = tl.load(p_w + (o_f % M)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    if SIGNED:
+        b_w = tl.where(o_f[:, None] < M, b_w, -b_w)
+    return b_w
+
+
+@triton.jit
+def split(b_w, dtype: tl.constexpr):
+    """A float32 number as the sum of two of 16 bits."""
+    high = b_w.to(dtype)
+    return high, (b_w - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def project_t(b_high, b_low, b_x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """W x^T, (BF, BS)."""
+    b_p = tl.dot(b_high, tl.trans(b_x), input_precision=PRECISION)
+    if SPLIT:
+        b_p = tl.dot(b_low, tl.trans(b_x), b_p, input_precision=PRECISION)
+    return b_p
+
+
+@triton.jit
+def project(b_x, b_high, b_low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """x W^T, (BL, BF)."""
+    b_p = tl.dot(b_x, tl.trans(b_high), input_precision=PRECISION)
+    if SPLIT:
+        b_p = tl.dot(b_x, tl.trans(b_low), b_p, input_precision=PRECISION)
+    return b_p
+
+
+@triton.jit
+def half_norm(b_x, scale):
+    """|scale x|^2 / 2 of rows, times log2 e."""
+    b_x = b_x.to(tl.float32)
+    return tl.sum(b_x * b_x, 1) * (0.5 * LOG2E * scale * scale)
+
+
+# Vectors over the columns of a product take a register for every column of a thread; as a thin product they take none.
+
+
+@triton.jit
+def _three(a, b, c):
+    o = tl.arange(0, 16)[None, :]
+    y = tl.where(o == 0, a[:, None], tl.where(o == 1, b[:, None], tl.where(o == 2, c[:, None], 0.0)))
+    return y.to(tl.bfloat16)
+
+
+@triton.jit
+def _parts(x):
+    """x in float32 as the sum of three numbers of 16 bits."""
+    a = x.to(tl.bfloat16).to(tl.float32)
+    b = (x - a).to(tl.bfloat16).to(tl.float32)
+    return a, b, x - a - b
+
+
+@triton.jit
+def add_columns(b_y, b_x, WIDE: tl.constexpr):
+    """y + x[None, :]."""
+    if WIDE or NO_BFLOAT16:
+        b_y += b_x[None, :]
+    else:
+        a, b, c = _parts(b_x)
+        ones = tl.where(tl.arange(0, 16)[None, :] < 3, 1.0, tl.zeros((b_y.shape[0], 16), tl.float32))
+        b_y = tl.dot(ones.to(tl.bfloat16), tl.trans(_three(a, b, c)), b_y)
+    return b_y
+
+
+@triton.jit
+def add_outer(b_y, b_r, b_x, WIDE: tl.constexpr):
+    """y + r[:, None] x[None, :]."""
+    if WIDE or NO_BFLOAT16:
+        b_y += b_r[:, None] * b_x[None, :]
+    else:
+        ra, rb, _ = _parts(b_r)
+        xa, xb, _ = _parts(b_x)
+        b_y = tl.dot(_three(ra, ra, rb), tl.trans(_three(xa, xb, xa)), b_y)
+    return b_y
+
+
+@triton.jit
+def times_columns(b_y, b_x, WIDE: tl.constexpr):
+    """sum(y * x[None, :], 1) of y in the products' dtype."""
+    if WIDE or NO_BFLOAT16:
+        b_s = tl.sum(b_y.to(tl.float32) * b_x[None, :], 1)
+    else:
+        a, b, c = _parts(b_x)
+        b_s = tl.sum(tl.dot(b_y.to(tl.bfloat16), _three(a, b, c)), 1)
+    return b_s
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def nonlinear(t, eps, KIND: tl.constexpr):
+    """Features without exponents."""
+    if KIND == RELU:
+        y = tl.maximum(t, 0.0) + eps
+    elif KIND == ELU:
+        y = tl.where(t > 0.0, t + 1.0, tl.exp(tl.minimum(t, 0.0))) + eps
+    elif KIND == TRIG:
+        y = tl.cos(t)
+    else:
+        y = t + eps
+    return y
+
+
+@triton.jit
+def slope(t, KIND: tl.constexpr):
+    if KIND == RELU:
+        y = tl.where(t > 0.0, 1.0, 0.0)
+    elif KIND == ELU:
+        y = tl.where(t > 0.0, 1.0, tl.exp(tl.minimum(t, 0.0)))
+    elif KIND == TRIG:
+        y = -tl.sin(t)
+    else:
+        y = tl.full(t.shape, 1.0, tl.float32)
+    return y
+
+
+@triton.jit
+def phase(o_f, M):
+    """Of cos(p - phase): the second half of trigonometric features are sines."""
+    return tl.where(o_f < M, 0.0, 1.5707963267948966)
+
+
+# States --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_state(kv, z, c, i_state, o_f, F, factor, V: tl.constexpr, BV: tl.constexpr):
+    """A state's kv (BF, BV), z and c (BF,); ``factor`` takes its logarithms to base 2."""
+    o_v, m_f = tl.arange(0, BV), o_f < F
+    p = i_state * F + o_f
+    b_kv = tl.load(kv + p[:, None] * V + o_v[None, :], mask=m_f[:, None] & (o_v < V)[None, :], other=0.0)
+    b_z = tl.load(z + p, mask=m_f, other=0.0)
+    b_c = tl.load(c + p, mask=m_f, other=EMPTY) * factor
+    return b_kv, b_z, tl.maximum(b_c, EMPTY)
+
+
+@triton.jit
+def store_state(kv, z, c, b_kv, b_z, b_c, i_state, o_f, F, factor, V: tl.constexpr, BV: tl.constexpr):
+    o_v, m_f = tl.arange(0, BV), o_f < F
+    p = i_state * F + o_f
+    tl.store(kv + p[:, None] * V + o_v[None, :], b_kv, mask=m_f[:, None] & (o_v < V)[None, :])
+    tl.store(z + p, b_z, mask=m_f)
+    tl.store(c + p, b_c * factor, mask=m_f)
+
+
+@triton.jit
+def add_states(b_kv, b_z, b_c, o_kv, o_z, o_c):
+    b_n = tl.maximum(b_c, o_c)
+    b_r, o_r = tl.exp2(b_c - b_n), tl.exp2(o_c - b_n)
+    return b_kv * b_r[:, None] + o_kv * o_r[:, None], b_z * b_r + o_z * o_r, b_n
+
+
+@triton.jit
+def mean_state(b_kv, b_z, b_c, KIND: tl.constexpr):
+    """Exponential features' state as each feature's mean value, and c + log2 z: bounded by the values themselves."""
+    if KIND == EXP:
+        there = b_z > 0.0
+        b_kv = b_kv * tl.where(there, 1.0 / tl.where(there, b_z, 1.0), 0.0)[:, None]
+        b_c = tl.where(there, b_c + tl.log2(tl.where(there, b_z, 1.0)), EMPTY)
+    return b_kv, b_z, b_c
+
+
+@triton.jit
+def query_state(b_kv, b_z, b_c, p_bias, o_f, F, BIASED: tl.constexpr, KIND: tl.constexpr):
+    """What rows of queries need: a mean state, with the exponents that queries add."""
+    b_kv, b_z, b_c = mean_state(b_kv, b_z, b_c, KIND)
+    if BIASED:
+        b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
+    return b_kv, b_z, tl.where(o_f < F, b_c, MASKED)
+
+
+# Launches ------------------------------------------------------------------------------------------------------------
+
+
+State = tuple[Tensor, Tensor, Tensor]  # kv (B Hk, F, V), z and c (B Hk, F)
+
+
+@dataclasses.dataclass
+class Tiles:
+    features: int
+    rows: int
+    one: bool  # one tile holds all features
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass
+class Plan:
+    """Sizes and constants of a call."""
+
+    B: int
+    H: int
+    Hk: int
+    L: int
+    S: int
+    D: int
+    V: int
+    M: int
+    F: int
+    BD: int
+    BV: int
+    kind: int
+    scale: float
+    exponent: float  # what turns projections into exponents of base 2
+    omega: Tensor  # (M, D) or (Hk, M, D), or anything where the projection is the identity
+    omega_h: int
+    bias: Tensor  # (M,) or (Hk, M), or anything
+    bias_h: int
+    mask: Tensor  # (B, S), or anything
+    eps: float
+    input: torch.dtype
+    flags: dict[str, Any]
+
+    @property
+    def is_exp(self) -> bool:
+        return self.kind == int(EXP.value)
+
+    @property
+    def is_half(self) -> bool:
+        return self.input in (torch.float16, torch.bfloat16)
+
+    def options(self, names: str) -> dict[str, Any]:
+        return {name: self.flags[name] for name in names.split()}
+
+    def dtype(self, bounded: bool = False) -> Any:
+        """Of features, states and gradients in products: float16 only for numbers that cannot leave its range."""
+        if self.input == torch.bfloat16:
+            return tl.bfloat16
+        return tl.float16 if self.input == torch.float16 and bounded and self.is_exp else tl.float32
+
+    def tiles(self, causal: bool = False, state: bool = False) -> Tiles:
+        """Tiles of features and rows, such that registers and shared memory hold what a kernel keeps."""
+        F, wide = pad(self.F), max(self.BD, self.BV)
+        if not self.is_half:
+            # Products of float32 are sums of registers, not tensor cores: small tiles.
+            features = F if causal else min(F, 32 if wide <= 64 else 16)
+            return Tiles(features, 16, features == F, 4, 1)
+        if causal:
+            small, fits = F <= 64 and wide <= 64, F * (self.BD + self.BV) <= 2**14
+            stages = 2 if fits and self.input == torch.bfloat16 else 1
+            return Tiles(F, 64 if small else 32, True, 4 if small else 8, stages)
+        if state:
+            features = min(F, 128 if wide <= 128 else 64)
+            return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)
+        features = min(F, 256 if wide <= 64 else 8192 * 2 // wide)
+        warps = 8 if features * wide > 8192 and wide <= 128 else 4
+        return Tiles(features, 16 * warps, features == F, warps, 2 if wide <= 64 else 1)
+
+
+def plan(
+    q: Tensor,  # (B, H, L, D)
+    k: Tensor,  # (B, Hk, S, D)
+    v: Tensor,  # (B, Hk, S, V)
+    omega: Tensor | None,  # (M, D) or (Hk, M, D)
+    kind: str,
+    scale: float,
+    bias: Tensor | None,  # (M,) or (Hk, M)
+    eps: float,
+    normalize: bool,
+    mask: Tensor | None,  # (B, S)
+) -> Plan:
+    B, H, L, D = q.shape
+    Hk, S, V = v.shape[1:]
+    M = D if omega is None else omega.shape[-2]
+    twice = kind in ("hyperbolic", "trigonometric")
+    code = {"relu": RELU, "elu": ELU, "features": READY, "trigonometric": TRIG}.get(kind, EXP).value
+    flags = {
+        "KIND": code,
+        "NORM": kind in ("positive", "hyperbolic"),
+        "SIGNED": kind == "hyperbolic",
+        "IDENTITY": omega is None,
+        # A float32 projection of 16-bit rows is read as two 16-bit parts, since exponents magnify its rounding.
+        "SPLIT": omega is not None and omega.dtype != q.dtype,
+        "BIASED": bias is not None,
+        "MASK": mask is not None,
+        "NORMALIZE": normalize,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+    return Plan(
+        B, H, Hk, L, S, D, V, M, 2 * M if twice else M, pad(D), pad(V), code, scale, scale * LOG2E.value,
+        q if omega is None else omega.contiguous(), 0 if omega is None or omega.dim() == 2 else M * D,
+        q if bias is None else bias, 0 if bias is None or bias.dim() == 1 else M,
+        q if mask is None else mask.contiguous().view(torch.uint8), eps, q.dtype, flags,
+    )  # fmt: skip
+
+
+def pad(n: int) -> int:
+    return max(16, int(triton.next_power_of_2(n)))
+
+
+def rows(x: Tensor) -> Tensor:
+    """Any strides, but a vector's numbers side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def on_device(x: Tensor) -> Any:
+    return torch.cuda.device_of(x)

@@ -1,0 +1,719 @@
+"""Linear attention: SPEC 4.9, items 6, 7 and 10, its options, its state, and PyTorch's machinery around it."""
+
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from fastrpe.ops.features import random_features
+from fastrpe.ops.linear import State, linear_attention, linear_attention_step
+from fastrpe.testing.asserts import LAW_FLOAT64, ROUNDINGS, assert_accurate, assert_bitwise, assert_within
+from fastrpe.testing.bars import LINEAR_ATTENTION, MILLION_SECONDS
+
+KINDS = ("positive", "hyperbolic", "trigonometric", "oprf", "relu", "exp", "elu", "features")
+DTYPES = pytest.mark.parametrize("dtype", LINEAR_ATTENTION, ids=lambda d: str(d).removeprefix("torch."))
+HALVES = pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("bidirectional", "causal"))
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def inputs(
+    B: int = 2,
+    H: int = 4,
+    Hk: int = 2,
+    L: int = 70,
+    D: int = 8,
+    V: int = 5,
+    M: int = 12,
+    *,
+    kind: str = "positive",
+    seed: int = 0,
+    **where: Any,
+) -> dict[str, Any]:
+    q, k, v = (draw(B, h, L, n, seed=seed + i, **where) for i, (h, n) in enumerate(((H, D), (Hk, D), (Hk, V))))
+    if kind == "features":
+        return dict(q=q.abs(), k=k.abs(), v=v, kind=kind)
+    a = dict(a=torch.tensor(-0.1, dtype=q.dtype, device=q.device)) if kind == "oprf" else {}
+    return dict(q=q, k=k, v=v, omega=draw(M, D, seed=seed + 3, **where), kind=kind, **a)
+
+
+def skip_slow(backend: str, device: torch.device) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("too slow for interpreted Triton kernels, which the conformance suite runs")
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor | None = None,
+    kind: str = "positive",
+    causal: bool = False,
+    eps: float = 0.0,
+    normalize: bool = True,
+    mask: Tensor | None = None,
+    a: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention by its matrix of weights."""
+
+    def features(x: Tensor) -> Tensor:
+        if kind == "features":
+            return x + eps
+        return random_features(x, omega, kind, eps=eps, a=a, scale=scale, backend="reference")
+
+    groups = q.shape[1] // k.shape[1]
+    weights = features(q) @ features(k).repeat_interleave(groups, 1).mT
+    weights = weights.tril() if causal else weights
+    if mask is not None:
+        weights = weights.masked_fill(~mask[:, None, None], 0)
+    if normalize:
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total.masked_fill(total == 0, 1)
+    return weights @ v.repeat_interleave(groups, 1)
+
+
+# Values: SPEC 4.9.6 --------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+@CAUSAL
+def test_6_is_attention_by_weights(
+    device: torch.device, backend: str, causal: bool, kind: str, dtype: torch.dtype
+) -> None:
+    skip_slow(backend, device)
+    normalize = kind != "trigonometric"  # whose weights may sum to nearly 0
+    options: dict[str, Any] = dict(causal=causal, normalize=normalize, eps=0.0 if kind == "trigonometric" else 0.01)
+    one = inputs(kind=kind, device=device, dtype=dtype)
+    exact = written_out(**{n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}, **options)
+    assert_within(linear_attention(**one, **options, backend=backend), exact, LINEAR_ATTENTION[dtype])
+
+
+@CAUSAL
+def test_estimates_softmax_attention(device: torch.device, causal: bool) -> None:
+    """Positive features of many directions come near; 4 standard errors of a run with other directions."""
+    q, k, v = (draw(1, 2, 40, 8, seed=i, device=device) / 2 for i in range(3))
+    found = torch.stack(
+        [linear_attention(q, k, v, draw(4096, 8, seed=9 + i, device=device), causal=causal) for i in range(16)]
+    )
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    error = (found.mean(0) - exact).abs()
+    assert (error <= 4 * found.std(0) / 4 + error.mean()).all()
+
+
+@CAUSAL
+def test_rows_without_keys_give_zeros(device: torch.device, backend: str, causal: bool) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device, L=20)
+    mask = torch.ones(2, 20, dtype=torch.bool, device=device)
+    mask[0] = False
+    mask[1, :7] = False
+    one["q"].requires_grad_()
+    for normalize in (True, False):
+        y = linear_attention(**one, mask=mask, causal=causal, normalize=normalize, backend=backend)
+        assert not y[0].any() and y[1, :, 7:].all()
+        assert y[1, :, :7].any() != causal
+        (dq,) = torch.autograd.grad(y.sum(), one["q"])
+        assert dq.isfinite().all() and not dq[0].any()
+
+
+def test_relu_rows_without_weights_give_zeros(device: torch.device, backend: str) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device, kind="relu", L=5)
+    one["q"][:, :, 2] = 0
+    one["q"].requires_grad_()
+    y = linear_attention(**one, backend=backend)
+    assert not y[:, :, 2].any() and y.isfinite().all()
+    assert torch.autograd.grad(y.sum(), one["q"])[0].isfinite().all()
+
+
+# The stabiliser: SPEC 4.9.7 and 4.9.10 -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_7_no_gradient_to_the_future(device: torch.device, backend: str, kind: str) -> None:
+    skip_slow(backend, device)
+    one = inputs(B=1, L=70, kind=kind, device=device, dtype=torch.float32)
+    for n in ("q", "k", "v"):
+        one[n].requires_grad_()
+    y = linear_attention(**one, causal=True, eps=0.0 if kind == "trigonometric" else 1e-3, backend=backend)
+    for row in (0, 15, 16, 40, 63, 64):
+        dq, dk, dv = torch.autograd.grad(y[:, :, row].sum(), [one[n] for n in "qkv"], retain_graph=True)
+        assert not dk[:, :, row + 1 :].any() and not dv[:, :, row + 1 :].any()
+        assert dv[:, :, : row + 1].any() and not dq[:, :, :row].any() and not dq[:, :, row + 1 :].any()
+
+
+@pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.float16, torch.bfloat16), ids=("float32", "float16", "bfloat16")
+)
+@pytest.mark.parametrize("kind", ("positive", "hyperbolic", "oprf", "exp", "relu"))
+def test_7_later_keys_change_no_bit(device: torch.device, backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Keys of norm 30 along a row of omega, the worst there are: rows before them keep their bits, and stay finite."""
+    skip_slow(backend, device)
+    one = inputs(B=1, L=130, kind=kind, device=device, dtype=dtype)
+    before = linear_attention(**one, causal=True, backend=backend)
+    direction = one["omega"][0] / one["omega"][0].norm()
+    for row in (1, 17, 37, 63, 64, 100):
+        k = one["k"].clone()
+        k[:, :, row] = (30 * direction).to(dtype)
+        k[:, :, row + 1 :: 5] = (-30 * direction).to(dtype)
+        v = one["v"].clone()
+        v[:, :, row:] *= 1000
+        y = linear_attention(**one | dict(k=k, v=v), causal=True, backend=backend)
+        assert y.isfinite().all()
+        assert_bitwise(y[:, :, :row], before[:, :, :row])
+
+
+@CAUSAL
+@pytest.mark.parametrize("kind", ("positive", "hyperbolic", "oprf", "exp"))
+def test_10_large_inputs_are_accurate(device: torch.device, backend: str, causal: bool, kind: str) -> None:
+    """Norms from 0.1 to 30, in float32, growing, falling and mixed; features from exp(-450) to exp(450)."""
+    skip_slow(backend, device)
+    one = inputs(B=3, L=150, D=16, kind=kind, device=device, dtype=torch.float32)
+    size = torch.logspace(-1, math.log10(30), 150, device=device)
+    size = torch.stack((size, size.flip(0), size[torch.randperm(150, generator=torch.Generator().manual_seed(0))]))
+    for n in ("q", "k"):
+        one[n] = (one[n] / one[n].norm(dim=-1, keepdim=True) * size[:, None, :, None]).requires_grad_()
+    wide = {n: x.detach().double().requires_grad_() if isinstance(x, Tensor) else x for n, x in one.items()}
+    size = ROUNDINGS * torch.finfo(torch.float32).eps
+    off = {n: x * (1 + size * draw(*x.shape, device=device)) if n in "qkv" else x for n, x in wide.items()}
+    results = []
+    for arguments, backend_ in ((one, backend), (off, "reference"), (wide, "reference")):
+        y = linear_attention(**arguments, causal=causal, backend=backend_)
+        grads = torch.autograd.grad(y, [arguments["q"], arguments["k"]], draw(*y.shape, seed=7).to(y))
+        results.append((y, *grads))
+    for actual, same, exact in zip(*results):
+        assert_accurate(actual, same.float(), exact, dtype=torch.float32)
+
+
+@HALVES
+@CAUSAL
+@pytest.mark.parametrize("kind", ("positive", "hyperbolic", "oprf", "exp", "relu", "elu"))
+def test_10_halves_stay_finite(device: torch.device, backend: str, causal: bool, kind: str, dtype: torch.dtype) -> None:
+    skip_slow(backend, device)
+    one = inputs(L=90, D=16, kind=kind, device=device, dtype=dtype)
+    for n in ("q", "k"):
+        one[n] = (one[n] / one[n].norm(dim=-1, keepdim=True) * 30).requires_grad_()
+    y = linear_attention(**one, causal=causal, eps=1e-3, backend=backend)
+    assert y.isfinite().all()
+    assert y.abs().amax() <= one["v"].abs().amax()
+    for g in torch.autograd.grad(y.float().square().sum(), [one["q"], one["k"]]):
+        assert g.isfinite().all()
+
+
+@CAUSAL
+def test_10_one_of_everything(device: torch.device, backend: str, causal: bool) -> None:
+    skip_slow(backend, device)
+    one = inputs(1, 1, 1, 1, 1, 1, 1, device=device, dtype=torch.float32)
+    assert_within(linear_attention(**one, causal=causal, backend=backend), one["v"], LINEAR_ATTENTION[torch.float32])
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+@CAUSAL
+def test_masked_keys_are_as_if_not_there(device: torch.device, backend: str, causal: bool) -> None:
+    """Whatever they hold: NaN, too. The causal case masks the end, so that rows still have their own keys."""
+    skip_slow(backend, device)
+    one = inputs(B=1, L=80, device=device)
+    keep = torch.arange(80, device=device) < 66 if causal else torch.arange(80, device=device) % 3 > 0
+    left = {n: one[n][:, :, keep] for n in ("k", "v")} | (dict(q=one["q"][:, :, keep]) if causal else {})
+    expected = linear_attention(**one | left, causal=causal, backend=backend)
+    for n in ("k", "v"):
+        one[n] = one[n].masked_fill(~keep[:, None], math.nan).requires_grad_()
+    y = linear_attention(**one, causal=causal, mask=keep[None], backend=backend)
+    assert_within(y[:, :, keep] if causal else y, expected, LAW_FLOAT64)
+    for g in torch.autograd.grad(y.sum(), [one["k"], one["v"]]):
+        assert not g[:, :, ~keep].any() and g[:, :, keep].isfinite().all()
+
+
+@CAUSAL
+def test_grouped_queries_are_repeated_keys(device: torch.device, backend: str, causal: bool) -> None:
+    skip_slow(backend, device)
+    one = inputs(H=6, Hk=2, device=device)
+    one["omega"] = draw(2, 12, 8, seed=5, device=device)
+    repeated = {n: one[n].repeat_interleave(3, 1) for n in ("k", "v")} | dict(
+        omega=one["omega"].repeat_interleave(3, 0)
+    )
+    y = linear_attention(**one, causal=causal, backend=backend)
+    assert_within(y, linear_attention(**one | repeated, causal=causal, backend=backend), LAW_FLOAT64)
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("all", "masked"))
+@CAUSAL
+def test_packed_sequences_are_separate(device: torch.device, backend: str, causal: bool, masked: bool) -> None:
+    skip_slow(backend, device)
+    lengths, first = (5, 70, 0, 1, 33), 2
+    one = inputs(B=1, L=sum(lengths) + 5, device=device)
+    cu_seqlens = torch.tensor((0, *lengths), device=device).cumsum(0).int() + first
+    mask = draw(1, one["k"].shape[2], seed=6, device=device) > -1 if masked else None
+    leaves = {n: one[n].requires_grad_() for n in ("q", "k", "v", "omega")}
+    y = linear_attention(**one, causal=causal, cu_seqlens=cu_seqlens, mask=mask, backend=backend)
+    parts, at = [torch.zeros_like(y[:, :, :first])], first
+    for n in lengths:
+        part = {name: one[name][:, :, at : at + n] for name in "qkv"}
+        some = None if mask is None else mask[:, at : at + n]
+        parts.append(linear_attention(**one | part, causal=causal, mask=some, backend=backend))
+        at += n
+    expected = torch.cat((*parts, torch.zeros_like(y[:, :, at:])), 2)
+    assert_within(y, expected, LAW_FLOAT64)
+    dy = draw(*y.shape, seed=8, device=device)
+    grads = [torch.autograd.grad(t, list(leaves.values()), dy) for t in (y, expected)]
+    for name, g, e in zip(leaves, *grads):
+        assert_within(g, e, LAW_FLOAT64, name=name)
+
+
+def test_oprf_without_a_bias_is_positive(device: torch.device, backend: str) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device)
+    expected = linear_attention(**one, backend=backend)
+    assert_within(linear_attention(**one | dict(kind="oprf"), a=0.0, backend=backend), expected, LAW_FLOAT64)
+
+
+@HALVES
+def test_sums_are_rounded_once(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    """Without normalisation the features' constant is applied before the rounding."""
+    skip_slow(backend, device)
+    one = inputs(device=device, dtype=dtype)
+    y = linear_attention(**one, normalize=False, scale=0.1, backend=backend)
+    assert y.dtype == dtype
+    wide = {n: x.float() if isinstance(x, Tensor) else x for n, x in one.items()}
+    assert_bitwise(y, linear_attention(**wide, normalize=False, scale=0.1, backend=backend).to(dtype))
+
+
+# State ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(cut=st.lists(st.integers(0, 90), max_size=4), kind=st.sampled_from(KINDS), eps=st.sampled_from((0.0, 0.01)))
+@pytest.mark.parametrize("name", ("reference", "native"))
+def test_state_splits_anywhere(name: str, cut: list[int], kind: str, eps: float) -> None:
+    """Output and gradients of a sequence in parts are those of the whole."""
+    one = inputs(B=1, L=90, kind=kind)
+    one["k"] = one["k"] * torch.linspace(0.2, 6, 90, dtype=torch.float64)[:, None]
+    options: dict[str, Any] = dict(causal=True, eps=0.0 if kind == "trigonometric" else eps, return_state=True)
+    options |= dict(normalize=kind != "trigonometric", backend=name)
+    leaves = [one[n].requires_grad_() for n in ("q", "k", "v", "omega", "a") if n in one]
+    whole, last = linear_attention(**one, **options)
+    state, parts, at = None, [], 0
+    for end in (*sorted(cut), 90):
+        part = {n: one[n][:, :, at:end] for n in "qkv"}
+        y, state = linear_attention(**one | part, **options, state=state)
+        parts.append(y)
+        at = end
+    assert state is not None
+    split = torch.cat(parts, 2)
+    assert_within(split, whole, LAW_FLOAT64)
+    total = [s.log_scale.exp().unsqueeze(-1) * s.kv for s in (state, last)]
+    assert_within(total[0], total[1], LAW_FLOAT64)
+    dy = draw(*whole.shape, seed=8)
+    dtotal = draw(*total[0].shape, seed=9) / float(total[0].detach().abs().max())
+    grads = [torch.autograd.grad((y, t), leaves, (dy, dtotal)) for y, t in ((split, total[0]), (whole, total[1]))]
+    for g, expected in zip(*grads):
+        assert_within(g, expected, LAW_FLOAT64)
+
+
+def test_long_sequences_are_cut() -> None:
+    """The native kernel gives the spans of a long sequence to several threads; parts of it are not that long."""
+    one = inputs(B=1, L=20_000, Hk=1, H=2, M=6)
+    one["k"] = one["k"] * torch.linspace(0.2, 8, 20_000, dtype=torch.float64)[:, None]
+    leaves = [one[n].requires_grad_() for n in ("q", "k", "v", "omega")]
+    whole, last = linear_attention(**one, causal=True, return_state=True)
+    state, parts = None, []
+    for at in range(0, 20_000, 5000):
+        part = {n: one[n][:, :, at : at + 5000] for n in "qkv"}
+        y, state = linear_attention(**one | part, causal=True, state=state, return_state=True)
+        parts.append(y)
+    split = torch.cat(parts, 2)
+    assert_within(split, whole, LAW_FLOAT64)
+    assert state is not None
+    dy, dkv = draw(*whole.shape, seed=8), draw(*last.kv.shape, seed=9)
+    grads = [torch.autograd.grad((y, t.kv), leaves, (dy, dkv)) for y, t in ((split, state), (whole, last))]
+    for g, expected in zip(*grads):
+        assert_within(g, expected, LAW_FLOAT64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_the_whole(device: torch.device, backend: str, kind: str) -> None:
+    skip_slow(backend, device)
+    one = inputs(L=20, kind=kind, device=device)
+    expected = linear_attention(**one, causal=True, backend=backend)
+    state = None
+    rest = {n: x for n, x in one.items() if n not in ("q", "k", "v")}
+    for i in range(20):
+        q, k, v = (one[n][:, :, i] for n in "qkv")
+        y, state = linear_attention_step(q, k, v, state, **rest, backend=backend)
+        assert_within(y, expected[:, :, i], LAW_FLOAT64)
+    assert isinstance(state, State)
+
+
+def test_zeros_are_no_keys(device: torch.device, backend: str) -> None:
+    """A state of zeros, of any scale, is as none at all."""
+    skip_slow(backend, device)
+    one = inputs(device=device)
+    one["k"] = one["k"] * 20
+    state = State(
+        *(torch.zeros(s, dtype=torch.float64, device=device) for s in ((2, 2, 12, 5), (2, 2, 12), (2, 2, 12)))
+    )
+    expected = linear_attention(**one, causal=True, backend=backend)
+    assert_within(linear_attention(**one, causal=True, state=state, backend=backend), expected, LAW_FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ("positive", "hyperbolic", "relu", "trigonometric"))
+def test_gradcheck_of_the_state(device: torch.device, backend: str, kind: str) -> None:
+    """Of all that a state is, and of what follows from it; log_scale is constant to autograd, so S = exp(c) kv."""
+    skip_slow(backend, device)
+    one = inputs(1, 2, 1, 4, 3, 2, 3, kind=kind, device=device)
+    F = 6 if kind in ("hyperbolic", "trigonometric") else 3
+    state = (
+        draw(1, 1, F, 2, device=device),
+        draw(1, 1, F, seed=5, device=device).abs(),
+        draw(1, 1, F, device=device) / 4,
+    )
+    exponential = kind not in ("relu", "trigonometric")
+    state = state if exponential else (*state[:2], torch.zeros_like(state[2]))
+
+    def f(q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kv: Tensor, z: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        y, last = linear_attention(
+            q, k, v, omega, kind, causal=True, state=State(kv, z, c), return_state=True, backend=backend,
+            normalize=kind != "trigonometric",
+        )  # fmt: skip
+        size = last.log_scale.exp()
+        return y, size.unsqueeze(-1) * last.kv, size * last.z
+
+    tensors = [one[n] for n in ("q", "k", "v", "omega")]
+    leaves = [x.clone().requires_grad_() for x in (*tensors, *state)]
+    if not exponential:
+        leaves[-1].requires_grad_(False)
+    assert gradcheck(f, leaves, nondet_tol=0.0)
+
+
+def test_log_scale_has_no_gradient(device: torch.device, backend: str) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device)
+    one["k"].requires_grad_()
+    _, state = linear_attention(**one, causal=True, return_state=True, backend=backend)
+    assert state.kv.requires_grad and state.z.requires_grad and not state.log_scale.requires_grad
+
+
+# PyTorch's machinery -------------------------------------------------------------------------------------------------
+
+
+def state_of(one: dict[str, Any]) -> State:
+    _, state = linear_attention(**one, causal=True, return_state=True, backend="reference")
+    return State(*(x.detach() for x in state))
+
+
+def arguments_of(one: dict[str, Any], backend: str, causal: bool, state: State | None) -> tuple[Any, ...]:
+    parts: tuple[Any, ...] = state or (None, None, None)
+    mask = torch.ones(one["k"].shape[0], one["k"].shape[2], dtype=torch.bool, device=one["k"].device)
+    head = (one["q"], one["k"], one["v"], one.get("omega"), one["kind"], causal, 0.7, one.get("a"), 0.0, True)
+    return (*head, mask, None, *parts, backend)
+
+
+@CAUSAL
+@pytest.mark.parametrize("kind", ("positive", "oprf", "features"))
+def test_opcheck(device: torch.device, backend: str, causal: bool, kind: str) -> None:
+    """Schema, autograd registration, fake tensors and AOT dispatch of both operators, with dynamic shapes."""
+    if backend == "triton" and device.type == "cpu" and (kind != "positive" or causal):
+        pytest.skip("too slow for interpreted Triton kernels")
+    one = inputs(1, 2, 1, 5, 3, 2, 4, kind=kind, device=device, dtype=torch.float32)
+    state = state_of(one) if causal else None
+    leaves = {n: x.requires_grad_() for n, x in one.items() if isinstance(x, Tensor)}
+    if state is not None:
+        state = State(*(x.clone().requires_grad_(n != "log_scale") for n, x in zip(State._fields, state)))
+    args = arguments_of(one | leaves, backend, causal, state)
+    op = torch.ops.fastrpe.linear_attention.default
+    torch.library.opcheck(op, args)
+    y, *last = (x.detach() for x in op(*args))
+    dy = [torch.randn_like(x) for x in (y, *last[:2])]
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    bwd = torch.ops.fastrpe.linear_attention_bwd.default
+    torch.library.opcheck(bwd, (*dy, *plain[:-1], *last, True, backend))
+
+
+def test_compile(device: torch.device) -> None:
+    """One graph for all lengths, with the bits of eager, state and all."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, omega: Tensor) -> Tensor:
+        head, state = linear_attention(q, k, v, omega, causal=True, return_state=True)
+        return head + linear_attention(q, k, v, omega, causal=True, state=state) + linear_attention(q, k, v, omega)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.compiler.reset()
+    for i, L in enumerate((37, 41, 43)):
+        one = inputs(L=L, D=9, device=device, dtype=torch.float32)
+        tensors = [one[n].requires_grad_() for n in ("q", "k", "v", "omega")]
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            actual = compiled(*tensors)
+        expected = f(*tensors)
+        assert_bitwise(actual, expected)
+        grads = [torch.autograd.grad(y.sum(), tensors) for y in (actual, expected)]
+        for g, e in zip(*grads):
+            assert_bitwise(g, e)
+
+
+def test_export(device: torch.device) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, omega: Tensor) -> Any:
+            return linear_attention(q, k, v, omega, causal=True, backend="reference")
+
+    one = inputs(device=device, dtype=torch.float32)
+    tensors = tuple(one[n] for n in ("q", "k", "v", "omega"))
+    program = torch.export.export(Model(), tensors)
+    assert "'reference'" in program.graph_module.code
+    assert_bitwise(program.module()(*tensors), Model()(*tensors))
+
+
+def test_vmap(device: torch.device, backend: str) -> None:
+    skip_slow(backend, device)
+    draws = [inputs(L=9, seed=10 * i, device=device) for i in range(2)]
+    names = ("q", "k", "v", "omega")
+    stacked = [torch.stack([d[n] for d in draws]) for n in names]
+
+    def f(*tensors: Tensor) -> Tensor:
+        y = linear_attention(*tensors, causal=True, backend=backend)
+        assert isinstance(y, Tensor)
+        return y
+
+    for mapped in ((0, 1, 2, 3), (0,), (3,), (1, 2)):
+        args = [stacked[i] if i in mapped else draws[0][n] for i, n in enumerate(names)]
+        actual = torch.vmap(f, tuple(0 if i in mapped else None for i in range(4)))(*args)
+        for j in range(2):
+            assert_bitwise(actual[j], f(*(draws[j if i in mapped else 0][n] for i, n in enumerate(names))))
+    leaves = [draws[0][n].requires_grad_() for n in names]
+    y = f(*leaves)
+    dy = torch.stack([draw(*y.shape, seed=i, device=device) for i in range(3)])
+    batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    for j in range(3):
+        for g, expected in zip(batched, torch.autograd.grad(y, leaves, dy[j], retain_graph=True)):
+            assert_bitwise(g[j], expected)
+
+
+@CAUSAL
+def test_autocast(device: torch.device, backend: str, causal: bool) -> None:
+    """q, k and v go to the autocast dtype, omega does not; wide keys beside narrow queries are no error."""
+    skip_slow(backend, device)
+    one = inputs(device=device, dtype=torch.float32)
+    low = {n: one[n].bfloat16() for n in "qkv"}
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = linear_attention(**one, causal=causal, backend=backend)
+        mixed = linear_attention(**one | dict(q=low["q"]), causal=causal, backend=backend)
+        total = linear_attention(**one, causal=causal, normalize=False, backend=backend)
+    assert y.dtype == mixed.dtype == total.dtype == torch.bfloat16
+    assert_bitwise(y, linear_attention(**one | low, causal=causal, backend=backend))
+    assert_bitwise(mixed, y)
+
+
+@CAUSAL
+def test_deterministic_with_any_number_of_threads(causal: bool) -> None:
+    one = inputs(B=1, L=700, dtype=torch.float32)
+    leaves = [one[n].requires_grad_() for n in ("q", "k", "v", "omega")]
+    found, threads = [], torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        y = linear_attention(**one, causal=causal)
+        found.append((y, *torch.autograd.grad(y.sum(), leaves)))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(other, found[0]):
+            assert_bitwise(a, b)
+
+
+def test_any_strides(device: torch.device, backend: str) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device, dtype=torch.float32)
+    expected = linear_attention(**one, causal=True, backend=backend)
+    strided = {
+        n: torch.stack((one[n], torch.full_like(one[n], math.nan)), -1)[..., 0] for n in ("q", "k", "v", "omega")
+    }
+    turned = {n: one[n].transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"}
+    for other in (strided, turned):
+        leaves = {n: x.requires_grad_() for n, x in other.items()}
+        y = linear_attention(**one | leaves, causal=True, backend=backend)
+        assert y.is_contiguous()
+        assert_bitwise(y, expected)
+        for upstream in (torch.ones_like(y), torch.ones((), device=device).expand(y.shape)):
+            for g in torch.autograd.grad(y, list(leaves.values()), upstream, retain_graph=True):
+                assert g.isfinite().all()
+
+
+def test_one_gradient_alone(device: torch.device, backend: str) -> None:
+    """Asking for one gradient gives what asking for all of them does."""
+    skip_slow(backend, device)
+    one = inputs(device=device, kind="oprf")
+    names = ("q", "k", "v", "omega", "a")
+
+    def grads(*wanted: str) -> dict[str, Tensor]:
+        leaves = {n: one[n].detach().requires_grad_() for n in wanted}
+        y = linear_attention(**one | leaves, causal=True, backend=backend)
+        return dict(zip(wanted, torch.autograd.grad(y, list(leaves.values()), draw(*y.shape, device=device))))
+
+    together = grads(*names)
+    for n in names:
+        assert_within(grads(n)[n], together[n], LAW_FLOAT64, name=n)
+
+
+def test_second_derivatives_are_refused(device: torch.device, backend: str) -> None:
+    one = inputs(1, 1, 1, 3, 2, 2, 2, device=device, dtype=torch.float32)
+    q = one["q"].requires_grad_()
+    (dq,) = torch.autograd.grad(linear_attention(**one, backend=backend).sum(), q, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="linear_attention: inputs must not require grad for a second derivative, got"
+    ):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_million_tokens() -> None:
+    """Linear in time and in memory, forward and backward."""
+    one = inputs(1, 1, 1, 2**20, 16, 16, 16, dtype=torch.float32)
+    q = one["q"].requires_grad_()
+    start = time.perf_counter()
+    for causal in (False, True):
+        y = linear_attention(**one, causal=causal)
+        assert y.isfinite().all()
+        assert torch.autograd.grad(y.sum(), q)[0].isfinite().all()
+    assert time.perf_counter() - start < MILLION_SECONDS
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+    (dict(q=1), TypeError, "q must be a Tensor, got int"),
+    (dict(q=torch.zeros(2, 4, 8)), ValueError, "q must have shape (B, H, L, D), got (2, 4, 8)"),
+    (dict(q=torch.zeros(2, 4, 70, 8).int()), ValueError, "q must have dtype float16, bfloat16, float32, float64, got"),
+    (dict(k=torch.zeros(2, 2, 70, 7)), ValueError, "k must have shape (B, Hk, S, D) with B=2, D=8, got (2, 2, 70, 7)"),
+    (dict(k=torch.zeros(2, 3, 70, 8)), ValueError, "k must have a number of heads that divides H=4, got 3"),
+    (
+        dict(k=torch.zeros(2, 2, 69, 8), causal=True),
+        ValueError,
+        "k must have as many tokens as q, L=70, when causal, got",
+    ),
+    (dict(v=torch.zeros(2, 2, 69, 5)), ValueError, "v must have shape (B, Hk, S, V) with B=2, Hk=2, S=70, got"),
+    (dict(v=torch.zeros(2, 2, 70, 5).half()), ValueError, "v must have dtype float32, got float16"),
+    (dict(k=torch.zeros(2, 2, 70, 8, device="meta")), ValueError, "k must be on the device of q, cpu, got meta"),
+    (dict(causal=1), TypeError, "causal must be a bool, got int"),
+    (dict(normalize=None), TypeError, "normalize must be a bool, got NoneType"),
+    (dict(return_state="yes"), TypeError, "return_state must be a bool, got str"),
+    (dict(kind="softmax"), ValueError, "kind must be one of 'positive', 'hyperbolic', "),
+    (dict(omega=None), ValueError, "omega must be given for kind 'positive', got None"),
+    (dict(kind="features"), ValueError, "omega must be None for kind 'features', got (12, 8)"),
+    (dict(omega=torch.zeros(12, 7)), ValueError, "omega must have shape (M, D) or (Hk, M, D) with Hk=2, D=8, got"),
+    (dict(omega=torch.zeros(12, 8).int()), ValueError, "omega must have dtype"),
+    (dict(omega=torch.zeros(12, 8, device="meta")), ValueError, "omega must be on the device of q, cpu, got meta"),
+    (dict(omega=torch.zeros(0, 8)), ValueError, "omega must have at least one row, got (0, 8)"),
+    (dict(kind="features", omega=None, scale=1.0), ValueError, "scale must be None for kind 'features', got 1.0"),
+    (dict(scale="small"), TypeError, "scale must be a float or int or SymFloat, got str"),
+    (dict(eps="small"), TypeError, "eps must be a float or int, got str"),
+    (dict(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
+    (dict(eps=0.1, kind="trigonometric"), ValueError, "eps must be 0 for kind 'trigonometric', got 0.1"),
+    (dict(a=0.1), ValueError, "a must be None for kind 'positive', got 0.1"),
+    (dict(kind="oprf"), ValueError, "a must be given for kind 'oprf', got None"),
+    (dict(kind="oprf", a=0.125), ValueError, "a must be less than 1/8, got 0.125"),
+    (dict(kind="oprf", a="best"), TypeError, "a must be a Tensor or float or int, got str"),
+    (dict(kind="oprf", a=torch.zeros(1)), ValueError, "a must have shape (), got (1,)"),
+    (dict(kind="oprf", a=torch.tensor(0)), ValueError, "a must have dtype float16, bfloat16, float32, float64, got"),
+    (dict(kind="oprf", a=torch.zeros((), device="meta")), ValueError, "a must be on the device of q, cpu, got meta"),
+    (dict(mask=torch.ones(2, 69, dtype=torch.bool)), ValueError, "mask must have shape (B, S) with B=2, S=70, got"),
+    (dict(mask=torch.ones(2, 70)), ValueError, "mask must have dtype bool, got float32"),
+    (dict(mask=torch.ones(2, 70, device="meta").bool()), ValueError, "mask must be on the device of q, cpu, got meta"),
+    (dict(cu_seqlens=torch.zeros(1, 2).int()), ValueError, "cu_seqlens must have shape (N + 1,), got (1, 2)"),
+    (dict(cu_seqlens=torch.zeros(0).int()), ValueError, "cu_seqlens must have at least one number, got 0"),
+    (dict(cu_seqlens=torch.zeros(2).long()), ValueError, "cu_seqlens must have dtype int32, got int64"),
+    (
+        dict(cu_seqlens=torch.zeros(2, device="meta").int()),
+        ValueError,
+        "cu_seqlens must be on the device of q, cpu, got",
+    ),
+    (dict(cu_seqlens=torch.zeros(2).int()), ValueError, "q must have B=1 and L=S=70 where sequences are packed, got"),
+    (dict(return_state=True), ValueError, "return_state must be False unless causal, got True"),
+    (dict(state=3, causal=True), TypeError, "state must be a State, got int"),
+    (dict(state=(1, 2), causal=True), TypeError, "state must be a State, got tuple"),
+    (dict(state=State(*[torch.zeros(1)] * 3)), ValueError, "state must be None unless causal, got a state"),
+    (dict(backend="cuda"), ValueError, "backend must be one of 'reference', 'native', 'triton', got 'cuda'"),
+)
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD, ids=[f"{i}-{next(iter(b[0]))}" for i, b in enumerate(BAD)])
+def test_bad_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    one = inputs(dtype=torch.float32) | wrong
+    with pytest.raises(error) as raised:
+        linear_attention(**one)
+    assert str(raised.value).startswith(f"linear_attention: {message}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    (
+        ("kv", torch.zeros(2, 2, 12, 4), "state.kv must have shape (N, Hk, F, V) with N=2, Hk=2, F=12, V=5, got"),
+        ("z", torch.zeros(2, 2, 11), "state.z must have shape (N, Hk, F) with N=2, Hk=2, F=12, got (2, 2, 11)"),
+        ("log_scale", torch.zeros(2, 2, 12).double(), "state.log_scale must have dtype float32, got float64"),
+        ("z", torch.zeros(2, 2, 12, device="meta"), "state.z must be on the device of q, cpu, got meta"),
+    ),
+)
+def test_bad_states(field: str, value: Tensor, message: str) -> None:
+    one = inputs(dtype=torch.float32)
+    state = state_of(one)._replace(**{field: value})
+    with pytest.raises(ValueError) as raised:
+        linear_attention(**one, causal=True, state=state)
+    assert str(raised.value).startswith(f"linear_attention: {message}")
+
+
+@pytest.mark.parametrize("argument", ("q", "k", "v"))
+def test_bad_steps(argument: str) -> None:
+    one = {n: x[:, :, 0] for n, x in inputs(dtype=torch.float32).items() if n in ("q", "k", "v")}
+    with pytest.raises(ValueError, match=rf"linear_attention_step: {argument} must have shape"):
+        linear_attention_step(**one | {argument: torch.zeros(3)}, omega=torch.zeros(12, 8))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), (((0, 71), "must lie between 0 and L"), ((-1, 4), "must lie"), ((0, 9, 4), "must not fall"))
+)
+def test_bad_packing_is_not_read(values: tuple[int, ...], message: str) -> None:
+    """What memory safety needs of numbers that only the kernel reads."""
+    one = inputs(B=1, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        linear_attention(**one, cu_seqlens=torch.tensor(values, dtype=torch.int32), backend="native")
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    (
+        (dict(cu_seqlens=torch.tensor((0, 70), dtype=torch.int32)), "packed sequences"),
+        (dict(eps=0.1), "exponential features with eps"),
+        (dict(kind="trigonometric", causal=True), "trigonometric features that are causal or not normalised"),
+        (dict(omega=torch.zeros(513, 8)), "D=8, V=5 and F=513"),
+    ),
+)
+def test_limits_of_the_triton_kernels(options: dict[str, Any], limit: str) -> None:
+    from fastrpe.backend import problem
+
+    if problem("triton", "cpu"):
+        pytest.skip("Triton is not interpreted here")
+    with pytest.raises(NotImplementedError, match=f"linear_attention: backend must be 'reference' for {limit}, got"):
+        linear_attention(**inputs(B=1, dtype=torch.float32) | options, backend="triton")
+
+
+@pytest.mark.gpu
+def test_native_is_for_a_cpu() -> None:
+    with pytest.raises(NotImplementedError, match="linear_attention: backend must be 'reference' or 'triton' on cuda"):
+        linear_attention(**inputs(device="cuda"), backend="native")
+
+
+def test_forward_mode_is_refused() -> None:
+    one = inputs(dtype=torch.float32)
+    for n in ("q", "k", "v", "omega"):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(one[n], torch.ones_like(one[n]))
+            with pytest.raises(NotImplementedError, match=f"linear_attention: {n} must have no forward-mode tangent"):
+                linear_attention(**one | {n: dual})
