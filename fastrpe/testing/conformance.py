@@ -89,8 +89,8 @@ def check(case: Case, device: torch.device, dtype: torch.dtype, backend: str | N
     actual = run(public(case, backend), arguments, needed)
     wide = convert(arguments, Tensor.double)
     exact = run(truth(case), wide, needed)
-    # What the reference makes of inputs that are a few roundings off: all that there is in float64; in narrower dtypes a
-    # guard against a reference that is right by luck, as sums of a few numbers are. A rotation of its own is not a sum.
+    # What the reference makes of inputs that are a few roundings off: all that there is in float64; in narrower dtypes
+    # a guard against a reference that is right by luck, as sums of a few numbers are. A rotated q or k is not a sum.
     draw = torch.Generator(device).manual_seed(2)
     size = ROUNDINGS * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     off = [run(truth(case), convert(wide, lambda x: x * (1 + size * _normal(x, draw))), needed) for _ in range(3)]
