@@ -12,7 +12,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from harness import Machine, commit
+from harness import Machine, record
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -175,36 +175,7 @@ def test_rotary(
     if isinstance(work, str):
         pytest.skip(work)
     calls = work.calls(mode)
-    ms = machine.time_graph(calls) if mode == "fwd-graph" else machine.time(calls)
     base = mode.removesuffix("-graph")
     planes, product = work.flops[base]
-    floor = 1e3 * max(
-        work.bytes[base] / machine.copy_rate(),
-        planes / machine.product_rate(torch.float32),
-        product / machine.product_rate(dtype),
-    )
-    row = dict(
-        op=case.op,
-        case=case.name,
-        mode=mode,
-        backend=backend,
-        device=machine.name,
-        dtype=str(dtype).removeprefix("torch."),
-        ms=round(ms, 5),
-        bytes=work.bytes[base],
-        flops=planes + product,
-        floor_ms=round(floor, 5),
-        fraction_of_floor=round(floor / ms, 4),
-        peak_mib=machine.peak(calls[0]),
-        commit=commit(),
-    )
-    machine.rows.setdefault("rotary", []).append(row)
-    benchmark.group = f"{case.op} {case.name} {row['dtype']} {mode}"
-    benchmark.name = backend
-    benchmark.extra_info.update(row)
-
-    def waited() -> None:
-        calls[0]()
-        machine.wait()
-
-    benchmark.pedantic(waited, rounds=1)
+    operations = {torch.float32: planes, dtype: product} if dtype != torch.float32 else {dtype: planes + product}
+    record("rotary", case, dtype, backend, mode, machine, benchmark, calls, work.bytes[base], operations)

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from fastrpe.testing.cases import Case
 
 Call = Callable[[], Any]
 
@@ -125,6 +128,54 @@ class Machine:
                 for d in ((torch.bfloat16, torch.float32) if self.on_gpu else (torch.float32,))
             },
         )
+
+
+def record(
+    family: str,
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    mode: str,
+    machine: Machine,
+    benchmark: BenchmarkFixture,
+    calls: list[Call],
+    moved: int,
+    operations: dict[torch.dtype, int],
+) -> None:
+    """Time ``calls`` and keep the row.
+
+    Args:
+        mode: ``fwd-graph`` and its like replay a CUDA graph.
+        moved: bytes read and written once.
+        operations: by the unit that computes them: float32 for plain arithmetic, else products of that dtype.
+    """
+    ms = machine.time_graph(calls) if mode.endswith("-graph") else machine.time(calls)
+    floor = 1e3 * max(moved / machine.copy_rate(), *(n / machine.product_rate(unit) for unit, n in operations.items()))
+    row = dict(
+        op=case.op,
+        case=case.name,
+        mode=mode,
+        backend=backend,
+        device=machine.name,
+        dtype=str(dtype).removeprefix("torch."),
+        ms=round(ms, 5),
+        bytes=moved,
+        flops=sum(operations.values()),
+        floor_ms=round(floor, 5),
+        fraction_of_floor=round(floor / ms, 4),
+        peak_mib=machine.peak(calls[0]),
+        commit=commit(),
+    )
+    machine.rows.setdefault(family, []).append(row)
+    benchmark.group = f"{case.op} {case.name} {row['dtype']} {mode}"
+    benchmark.name = backend
+    benchmark.extra_info.update(row)
+
+    def waited() -> None:
+        calls[0]()
+        machine.wait()
+
+    benchmark.pedantic(waited, rounds=1)
 
 
 @cache

@@ -24,7 +24,8 @@ allocates at its peak, results included. `fwd-graph` replays a CUDA graph: no la
 
 Our backends are in bold, the fastest time of a column in italics. `eager` and `compile` are the usual PyTorch formula
 on ready tables of cosines, with a basis one product per head before it; `liger` and `fla` are those packages' kernels
-(Liger overwrites q and k).
+(Liger overwrites q and k). For linear attention they are performer-pytorch's formula; `sdpa` is softmax attention,
+another function; `fla` takes features that are there already and does not divide.
 """
 
 

@@ -134,9 +134,12 @@ def test_nothing_imports_upward(path: Path) -> None:
         assert not {name for name in imports(path) for a in above if f"{name}.".startswith(f"fastrpe.{a}.")}
 
 
-@pytest.mark.parametrize("path", files("ops/*/reference.py") + files("ops/*/triton_impl.py"), ids=str)
+@pytest.mark.parametrize(
+    "path", files("ops/*/reference.py") + files("ops/*/triton_impl.py") + files("ops/*/triton_impl/*.py"), ids=str
+)
 def test_implementations_import_no_sibling(path: Path) -> None:
-    siblings = {f"fastrpe.ops.{path.parent.name}.{p.stem}" for p in path.parent.glob("*.py") if p != path}
+    family, role = path.relative_to(PACKAGE / "ops").with_suffix("").parts[:2]
+    siblings = {f"fastrpe.ops.{family}.{p.stem}" for p in (PACKAGE / "ops" / family).glob("*.py") if p.stem != role}
     assert not imports(path) & siblings
 
 

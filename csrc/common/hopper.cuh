@@ -79,24 +79,26 @@ __device__ __forceinline__ void products_wait(float (&c)[32]) {
 
 // c (64 x 64) = a b, or c + a b if `add`, over 16 of the inner index, in the background until products_wait. Thread
 // (g, t) = (lane / 4, lane % 4) of warp w holds rows 16 w + g (registers 4 j and 4 j + 1) and 16 w + g + 8 (4 j + 2 and
-// 4 j + 3), columns 8 j + 2 t and the next.
-template <typename T>
-__device__ __forceinline__ void multiply(float (&c)[32], uint64_t a, uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    FASTRPE_WGMMA("bf16", "%32", "%33", "%34", ", 0, 0", "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  } else {
-    FASTRPE_WGMMA("f16", "%32", "%33", "%34", ", 0, 0", "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
-}
+// 4 j + 3), columns 8 j + 2 t and the next. The rows of an operand in memory are those of c's rows or columns; of an
+// operand named here, those of the inner index: it holds 16 rows of 64 values.
+enum class Inner { none, b, both };
 
-// c += a^T b, both operands with the inner index along their rows: `a` and `b` hold 16 rows of 64 values.
-template <typename T>
-__device__ __forceinline__ void multiply_transposed(float (&c)[32], uint64_t a, uint64_t b) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    FASTRPE_WGMMA("bf16", "%32", "%33", "%34", ", 1, 1", "l"(a), "l"(b), "r"(1));
-  } else {
-    FASTRPE_WGMMA("f16", "%32", "%33", "%34", ", 1, 1", "l"(a), "l"(b), "r"(1));
+template <typename T, Inner Rows = Inner::none>
+__device__ __forceinline__ void multiply(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+#define FASTRPE_MULTIPLY(TYPE)                                                                      \
+  if constexpr (Rows == Inner::none) {                                                              \
+    FASTRPE_WGMMA(TYPE, "%32", "%33", "%34", ", 0, 0", "l"(a), "l"(b), "r"(static_cast<int>(add))); \
+  } else if constexpr (Rows == Inner::b) {                                                          \
+    FASTRPE_WGMMA(TYPE, "%32", "%33", "%34", ", 0, 1", "l"(a), "l"(b), "r"(static_cast<int>(add))); \
+  } else {                                                                                          \
+    FASTRPE_WGMMA(TYPE, "%32", "%33", "%34", ", 1, 1", "l"(a), "l"(b), "r"(static_cast<int>(add))); \
   }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTRPE_MULTIPLY("bf16")
+  } else {
+    FASTRPE_MULTIPLY("f16")
+  }
+#undef FASTRPE_MULTIPLY
 }
 
 #undef FASTRPE_WGMMA

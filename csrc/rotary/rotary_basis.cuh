@@ -63,7 +63,8 @@ __device__ __forceinline__ int plane_of(int column) {
   return pass * 32 + (Interleaved ? j / 4 * 16 + t * 4 + j % 4 : t * 8 + j);
 }
 
-// The right operand. Row n of pass p is column 64 p + n of the product.
+// The right operand of the product. Forward, row n of pass p is column 64 p + n of the product: a row of the basis. For
+// the adjoint its rows are the basis's own, and the columns are dealt two at a time.
 template <typename T, int D, bool Interleaved, bool Adjoint>
 __device__ __forceinline__ void fill_basis(const T* basis, uint4* to) {
   constexpr int threads = Memory<D, 1>::threads, values = Memory<D, 1>::values;
@@ -75,27 +76,13 @@ __device__ __forceinline__ void fill_basis(const T* basis, uint4* to) {
       copy_async<16>(to + n / 64 * values + piece(n, u), basis + row * D + u * 8, true);
     }
   } else {
-    // Transposed: two rows of 8 values give 8 pairs.
-    uint32_t* words = reinterpret_cast<uint32_t*>(to);
-    constexpr int count = D * D / 16 / threads;
-    Vec<T, 8> pairs[count][2];
-    const auto place = [](int i) { return int2{i / 2 % (D / 2) * 2, i / D * 2 + i % 2}; };  // of (rows, columns / 8)
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const auto [row, eight] = place(threadIdx.x + i * threads);
-      pairs[i][0] = load<T, 8>(basis + row * D + eight * 8);
-      pairs[i][1] = load<T, 8>(basis + (row + 1) * D + eight * 8);
-    }
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const auto [row, eight] = place(threadIdx.x + i * threads);
-      const auto& [a, b] = pairs[i];
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-        const int n = eight / 8 * 64 + (eight % 8 / 4 * 4 + m / 2) * 8 + eight % 4 * 2 + m % 2;
-        words[(n / 64 * values + piece(n, row / 8)) * 4 + row % 8 / 2] =
-            __byte_perm(a.at[m / 2], b.at[m / 2], m % 2 ? 0x7632 : 0x5410);
-      }
+    // A column is that of a thread's neighbouring values: 32 of a row for each 4 threads, 8 for each, 2 for each j.
+    const int column = threadIdx.x % (D / 2) * 2, pass = column / 64;
+    const int j = column % 64 / 32 * 4 + column % 8 / 2, t = column % 32 / 8;
+#pragma unroll 8
+    for (int row = threadIdx.x / (D / 2); row < D; row += threads / (D / 2)) {
+      uint32_t* piece_of_row = reinterpret_cast<uint32_t*>(to + pass * values + row * 8 + (j ^ row % 8));
+      copy_async<4>(piece_of_row + t, basis + row * D + column, true);
     }
   }
 }
@@ -308,14 +295,15 @@ __device__ __forceinline__ void turn_in_place(uint4* stage, const Tile<T>& now, 
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// sums (64 tokens x this warpgroup's 64 columns) = a tile times a basis.
-template <int D, typename T>
+// sums (64 tokens x this warpgroup's 64 columns) = a tile times a basis, as fill_basis lays it out.
+template <int D, bool Adjoint, typename T>
 __device__ __forceinline__ void multiply_basis(float (&sums)[32], const uint4* stage, const uint4* basis) {
-  const int pass = threadIdx.x / 128;
+  basis += threadIdx.x / 128 * Memory<D, 1>::values;
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     const int at = step / 4 * Memory<D, 1>::slab + step % 4 * 2;
-    multiply<T>(sums, operand(stage + at), operand(basis + pass * Memory<D, 1>::values + at), step > 0);
+    multiply<T, Adjoint ? Inner::b : Inner::none>(sums, operand(stage + at),
+                                                  operand(basis + (Adjoint ? step * 128 : at)), step > 0);
   }
 }
 #endif

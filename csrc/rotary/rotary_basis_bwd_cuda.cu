@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks)
     float sums[32], u[32];
     products_begin();
     if (args.dfreqs != nullptr) {
-      multiply_basis<D, T>(u, x, basis);
+      multiply_basis<D, false, T>(u, x, basis);
     }
     products_end();
     if (now.fresh) {
@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks)
     copies_visible();
     __syncthreads();
     products_begin();
-    multiply_basis<D, T>(sums, stage, transposed);
+    multiply_basis<D, true, T>(sums, stage, transposed);
 #pragma unroll
     for (int step = 0; step < tile / 16; ++step) {
 #pragma unroll
       for (int n = 0; n < D / 64; ++n) {
         // Slabs of 64 values, 16 tokens further with each step. A token of the prefix has x = 0.
-        multiply_transposed<T>(dbasis[n], operand(stage + pass * Of::slab + step * 128),
-                               operand(x + n * Of::slab + step * 128));
+        multiply<T, Inner::both>(dbasis[n], operand(stage + pass * Of::slab + step * 128),
+                                 operand(x + n * Of::slab + step * 128), true);
       }
     }
     products_end();

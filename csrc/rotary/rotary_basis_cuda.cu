@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks) rotate_basis
     }
     float sums[32];
     products_begin();
-    multiply_basis<D, T>(sums, stage, basis);
+    multiply_basis<D, Adjoint, T>(sums, stage, basis);
     products_end();
     start_next();
     copies_end();
@@ -140,10 +140,9 @@ std::tuple<Tensor, Tensor> rotate_basis_cuda(const Tensor& q, const Tensor& k, c
       const auto kernel = inverse ? rotate_basis_kernel<T, D, Interleaved, true, Coords>
                                   : rotate_basis_kernel<T, D, Interleaved, false, Coords>;
       const size_t bytes = Layout<D, Coords>::bytes;
-      // Eight blocks in turn where there is work for as many: fewer spread over memory, which is slow to write to, more
-      // spend their time on the basis.
+      // Blocks of more tiles spread over memory, which is slow then; blocks of fewer spend their time on the basis.
       const int64_t resident = attribute(q, cudaDevAttrMultiProcessorCount) * Layout<D, Coords>::blocks;
-      args.share = std::max(16, ceil_div(args.units, 8 * resident));
+      args.share = std::max(D > 64 ? 8 : 16, ceil_div(args.units, 8 * resident));
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
       kernel<<<ceil_div(args.units, args.share), 2 * D, bytes, current_stream(q)>>>(args);
       STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+from fastrpe.models import ViTConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,8 +77,13 @@ def finished(path: Path, same: dict[str, Any]) -> bool:
     """Whether ``path`` holds a result of ``same``: its model, recipe, images."""
     if not path.exists():
         return False
-    result = json.loads(path.read_text())
-    return {key: result[key] for key in same} == same
+    return is_of(json.loads(path.read_text()), same)
+
+
+def is_of(result: dict[str, Any], same: dict[str, Any]) -> bool:
+    """Whether a result is of this model, recipe and images; options that are younger than it had their defaults."""
+    known = result | {"model": asdict(ViTConfig(**result["model"]))}
+    return {key: known[key] for key in same} == same
 
 
 @contextmanager

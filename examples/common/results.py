@@ -20,12 +20,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with ``-dirty`` where files differ from it; FASTRPE_COMMIT names it outside git."""
+    """What FASTRPE_COMMIT says, for copies without git; or this checkout's, ``-dirty`` where files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    if named := os.environ.get("FASTRPE_COMMIT"):
+        return named
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTRPE_COMMIT")
+        return None
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

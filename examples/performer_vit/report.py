@@ -9,7 +9,7 @@ from typing import Any
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
 from examples.common.report import MARKS as MARKS
-from examples.common.report import accuracies, insert, paired, save
+from examples.common.report import Check, accuracies, check_table, difference, insert, save, seeds_of
 
 from .variants import FTHETA, OF_FOLDERS, OF_LENGTH, STUDIES, VARIANTS, tokens
 
@@ -91,12 +91,11 @@ def at_fixed_length() -> list[str]:
 
 def checks(out: Path) -> str:
     """What the study was to show, and whether it does."""
-    rows = []
+    rows: list[Check] = []
     for study, group in runs_of(out, at_fixed_length()).items():
         for name in (name for name in FTHETA if name in group):
-            for other in (other for other in ("relu", "exp") if len(group.get(other, ())) > 1):  # or there is no error
-                gap, error = paired(group[name], group[other])
-                rows.append((f"{title(study)}: {name} - {other}", f"{gap:+.2f} ± {error:.2f} points", gap > error))
+            for other in (other for other in ("relu", "exp") if other in group):
+                rows.append(difference(f"{title(study)}: {name} - {other}", group[name], group[other], least=1))
     for study, timing in timings_of(out).items():
         bar = BARS.get(tokens(study))
         if bar is not None and study not in OF_FOLDERS:
@@ -104,8 +103,7 @@ def checks(out: Path) -> str:
                 ratio = timing["rows"][name]["step_ratio"][1]
                 what = f"{title(study)}: an epoch of {name}"
                 rows.append((what, f"{ratio:.3f} x softmax's, at most {bar:.2f}", ratio <= bar))
-    lines = [f"| {what} | {value} | {'yes' if met else 'no'} |" for what, value, met in rows]
-    return "\n".join(["| check | value | met |", "| --- | --- | --- |", *lines]) if lines else ""
+    return check_table(rows)
 
 
 def accuracy(out: Path) -> str:
@@ -137,7 +135,7 @@ def _accuracy(study: str, group: dict[str, Runs], timing: dict[str, Any] | None)
         "inference, ms/10,000": inference,
     }
     first = next(iter(group.values()))
-    seeds = max(len(runs) for runs in group.values())
+    seeds = seeds_of(group)
     head = f"**{title(study)}** (tokens: {tokens(study)}, epochs: {first[0]['recipe']['epochs']}, seeds: {seeds}, "
     head += f"{first[0]['device']}): mean and deviation of the accuracy; "
     head += "times without contention, as below." if rows else "times as they came."

@@ -10,7 +10,7 @@ from typing import Any
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
 from examples.common.report import MARKS as MARKS
-from examples.common.report import accuracies, insert, paired, save
+from examples.common.report import Check, accuracies, check_table, difference, insert, save, seeds_of
 
 from .variants import FRACTIONS, STUDIES, VARIANTS
 
@@ -131,7 +131,7 @@ def _accuracy(out: Path, dataset: str, group: dict[str, Runs]) -> str:
         "folded, ms/10,000": inference("folded_ms_per_10000"),
     }
     first = next(iter(group.values()))
-    seeds = max(len(runs) for runs in group.values())
+    seeds = seeds_of(group)
     epochs, device = first[0]["recipe"]["epochs"], first[0]["device"]
     head = f"**{TITLES[dataset]}** (epochs: {epochs}, seeds: {seeds}, {device}): mean and deviation of the accuracy; "
     head += "times without contention, as below." if rows else "time of training as it came."
@@ -189,16 +189,16 @@ def _larger(i: int, way: str) -> Callable[[Runs], str]:
 
 def checks(out: Path) -> str:
     """What the study was to show, and whether it does."""
-    rows = []
+    rows: list[Check] = []
     for dataset, group in runs_of(out).items():
         name = best(group, tuple(STRING))
         for other in ("rope-mixed", "learned"):
             if name and other in group:
-                gap, error = paired(group[name], group[other])
-                rows.append((f"{TITLES[dataset]}: {name} - {other}", f"{gap:+.2f} ± {error:.2f} points", gap >= -error))
+                what = f"{TITLES[dataset]}: {name} - {other}"
+                rows.append(difference(what, group[name], group[other], least=-1))
         if "rope-mixed" in group and "learned" in group:
-            gap, error = paired(group["rope-mixed"], group["learned"])
-            rows.append((f"{TITLES[dataset]}: rope-mixed - learned", f"{gap:+.2f} ± {error:.2f} points", gap > 0))
+            what = f"{TITLES[dataset]}: rope-mixed - learned"
+            rows.append(difference(what, group["rope-mixed"], group["learned"], least=0))
     for dataset in STUDIES:
         if timing := timing_of(out, dataset):
             times = timing["rows"]
@@ -213,8 +213,7 @@ def checks(out: Path) -> str:
                     value = times[slowest][f"{key}_ratio"][1]
                     label = f"{TITLES[dataset]}'s model, {title}: slowest, {slowest}"
                     rows.append((label, f"{value:.3f} x RoPE, at most {bar:.2f}", value <= bar))
-    lines = [f"| {what} | {value} | {'yes' if met else 'no'} |" for what, value, met in rows]
-    return "\n".join(["| check | value | met |", "| --- | --- | --- |", *lines]) if lines else ""
+    return check_table(rows)
 
 
 # Plots ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ class KVCache:
         batch: B.
         heads: Hk, the number of key heads.
         max_len: the most tokens that fit.
-        head_dim: D.
+        head_dim: D, of values, and of keys without a ``key_dim``.
+        key_dim: Dk, of encoded keys, where that is another (`fastrpe.positions.TensorSTRING.out_dim`).
         device: where the memory is.
         dtype: of keys and values; the autocast dtype under autocast.
 
@@ -33,13 +34,15 @@ class KVCache:
         max_len: int,
         head_dim: int,
         *,
+        key_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if max_len < 1:
             raise fail("KVCache", "max_len", "be at least 1", max_len)
-        self.k = torch.zeros(batch, heads, max_len, head_dim, device=device, dtype=dtype)  # (B, Hk, max_len, D)
-        self.v = torch.zeros_like(self.k)  # (B, Hk, max_len, D)
+        sizes = batch, heads, max_len
+        self.k = torch.zeros(*sizes, key_dim or head_dim, device=device, dtype=dtype)  # (B, Hk, max_len, Dk)
+        self.v = torch.zeros(*sizes, head_dim, device=device, dtype=dtype)  # (B, Hk, max_len, D)
         self.length = 0
         self.prefix = 0
 
@@ -54,13 +57,13 @@ class KVCache:
 
     def update(
         self,
-        k: Tensor,  # (B, Hk, L, D)
+        k: Tensor,  # (B, Hk, L, Dk)
         v: Tensor,  # (B, Hk, L, D)
     ) -> tuple[Tensor, Tensor]:
-        """Append L tokens; return views of all keys and values stored, (B, Hk, length, D)."""
+        """Append L tokens; return views of all keys and values stored, (B, Hk, length, Dk) and (B, Hk, length, D)."""
         op = "KVCache.update"
-        B, Hk, _, D = self.k.shape
-        for name, x in (("k", k), ("v", v)):
+        B, Hk = self.k.shape[:2]
+        for name, x, D in (("k", k, self.k.shape[-1]), ("v", v, self.v.shape[-1])):
             check_shape(op, name, x, ("B", "Hk", "L", "D"), B=B, Hk=Hk, L=k.shape[-2], D=D)
             check_dtype(op, name, x, (self.k.dtype,))
             if x.requires_grad:

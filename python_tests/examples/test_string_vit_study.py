@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from examples.common import results
+from examples.common import jobs, results
 from examples.string_vit import __main__ as study
 from examples.string_vit import report, timing
 from examples.string_vit.variants import FRACTIONS, STUDIES, VARIANTS, build, configure
@@ -175,8 +175,16 @@ def test_report_goes_between_the_marks(tmp_path, capsys):
         assert f"](results/{name}.png)" in text
         assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(PNG)
     assert "| sparse-1         | 69.10 ± 0.14 |" in text and "0.388" in text  # 97 steps of 4 ms
-    assert "sparse-1 - rope-mixed | +16.00 ± 0.00 points | yes" in text
+    assert "sparse-1 - rope-mixed | +16.00 ± 0.00 points, seeds: 2 | yes" in text
     assert "slowest, sparse-0.5 | 1.200 x RoPE, at most 1.10 | no" in text
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    written(tmp_path, seeds=1)
+    assert "sparse-1 - rope-mixed | +16.00 points, seeds: 1 | open" in report.checks(tmp_path)
+    written(tmp_path, seeds=2)
+    (tmp_path / "cifar10-rope-seed1.json").unlink()
+    assert "seeds: 1 to 2" in report.accuracy(tmp_path)
 
 
 @pytest.mark.parametrize("part", report.PARTS)
@@ -204,5 +212,4 @@ def test_committed_results_are_of_the_study():
     for result in results.read(ROOT / "examples" / "string_vit" / "results", "*-seed*.json"):
         options = argparse.Namespace(images=result["images"], start=result["start"], epochs=None, lr=None)
         options.compile, options.capture = result["recipe"]["compile"], result["recipe"]["capture"]
-        same = study.describe(options, result["dataset"], result["variant"])
-        assert {key: result[key] for key in same} == same
+        assert jobs.is_of(result, study.describe(options, result["dataset"], result["variant"]))

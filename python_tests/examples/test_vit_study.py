@@ -124,6 +124,9 @@ def test_spread_of_one_value_is_zero():
     assert results.spread([3.0]) == (3.0, 0.0) and results.spread([1.0, 3.0]) == (2.0, 2**0.5)
 
 
-def test_commit_outside_git_is_none(monkeypatch):
+def test_commit_outside_git(monkeypatch):
     monkeypatch.setattr(results, "__file__", "/")
+    monkeypatch.delenv("FASTRPE_COMMIT", raising=False)
     assert results.commit() is None
+    monkeypatch.setenv("FASTRPE_COMMIT", "abc")
+    assert results.commit() == "abc"

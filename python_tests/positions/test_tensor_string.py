@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastrpe.attention import Attention
+from fastrpe.attention import Attention, KVCache
 from fastrpe.positions import TensorSTRING, grid_positions
 from fastrpe.testing.asserts import assert_bitwise, assert_within
 from fastrpe.testing.bars import SHIFT, SIGMAS, TENSOR
@@ -118,6 +118,17 @@ def test_attention_scales_by_the_size_before_the_encoding(kv: int) -> None:
     assert_within(y, expected, TENSOR)
     attention.fold()  # there is no basis: nothing happens
     assert_bitwise(attention(x, positions=r, prefix=1), y)
+
+
+def test_decoding_with_a_cache_for_longer_keys() -> None:
+    position = TensorSTRING(SIZE, HEADS, features=FEATURES, init_std=0.4, generator=_draw())
+    torch.manual_seed(0)
+    attention = Attention(24, HEADS, head_dim=SIZE, causal=True, position=position).double()
+    x = torch.randn(2, 6, 24, dtype=torch.float64, generator=_draw())
+    cache = KVCache(2, HEADS, 6, SIZE, key_dim=position.out_dim, dtype=torch.float64)
+    with torch.no_grad():
+        parts = [attention(part, cache=cache) for part in x.split((3, 1, 2), 1)]
+        assert_within(torch.cat(parts, 1), attention(x), TENSOR)
 
 
 def test_gradcheck() -> None:

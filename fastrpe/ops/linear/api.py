@@ -276,8 +276,8 @@ def _power(n: int) -> int:
 
 
 def _resolve(op: str, device: torch.device, backend: str | None, limit: str) -> str:
-    """Native kernels are for a CPU, Triton's for a GPU and within their limits."""
-    name = resolve(op, device, backend, ("native",) if device.type == "cpu" else () if limit else ("triton",))
+    """Native kernels are for a CPU; Triton's for a GPU, if they are named: they have not been timed on one yet."""
+    name = resolve(op, device, backend, ("native",) if device.type == "cpu" else ())
     if name == "native" and device.type != "cpu":
         raise NotImplementedError(
             f"{op}: backend must be 'reference' or 'triton' on {device.type}, got 'native', which is for a CPU"
