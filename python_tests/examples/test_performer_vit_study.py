@@ -189,7 +189,7 @@ def test_report_goes_between_the_marks(tmp_path, capsys):
         assert f"](results/{name}.png)" in text
         assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(PNG)
     assert "| ftheta            | 54.10 ± 0.14 |" in text and "0.400" in text  # 100 steps of 4 ms
-    assert "CIFAR-10: ftheta - relu | +3.00 ± 0.00 points | yes" in text
+    assert "CIFAR-10: ftheta - relu | +3.00 ± 0.00 points, seeds: 2 | yes" in text
     assert "CIFAR-10, 1024 tokens: an epoch of favor | 0.800 x softmax's, at most 0.67 | no" in text
     assert "CIFAR-10, 1024 tokens: an epoch of relu | 0.600 x softmax's, at most 0.67 | yes" in text
     assert "CIFAR-10, 256 tokens: an epoch of favor | 0.800 x softmax's, at most 1.00 | yes" in text
