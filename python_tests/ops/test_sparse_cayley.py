@@ -360,6 +360,7 @@ def test_auto_takes_what_the_shapes_say() -> None:
         pytest.skip("the native library is not built")
     assert fastest("cpu", 512, 256, 2, 4096) == fastest("cpu", 512, 511, 2, 4096) == "lu"
     assert fastest("cpu", 512, 512 * 511 // 2, 2, 4096) == fastest("cpu", 64, 2016, 2, 4096) == "matrix"
+    assert fastest("cpu", 1024, 1024 * 1023 // 2, 2, 256) == "dense"
     assert {fastest("cuda", d, d // 2, 2, 4096) for d in (64, 512)} == {"matrix"}
     for count, size in itertools.product((5, 120), (16,)):
         pairs, theta, x = _pairs(count), _normal(HEADS, count), _normal(HEADS, 3, size)

@@ -85,8 +85,9 @@ def sparse_cayley(
 def fastest(device_type: str, size: int, count: int, heads: int, tokens: int) -> str:
     """The solver that ``"auto"`` takes for K = ``count`` pairs placed at random and so many tokens of each head.
 
-    On a CPU sparse LU or a matrix, whichever should take less time forward and backward: nanoseconds for each token, on
-    two cores, fitted to examples/string_vit/results/solvers-cpu-fit.json. A GPU takes the matrix, by estimate.
+    On a CPU sparse LU, a matrix or, for fewer tokens than a large head has coordinates, dense LU: what should take the
+    least time forward and backward. Nanoseconds for each token, on two cores, fitted to
+    examples/string_vit/results/solvers-cpu.json. A GPU takes the matrix, by estimate.
     """
     if device_type != "cpu" or problem("lu", "cpu"):
         return "matrix"
@@ -95,5 +96,8 @@ def fastest(device_type: str, size: int, count: int, heads: int, tokens: int) ->
     # Elimination fills a random graph in from about one pair for each coordinate on.
     fill = min(size * (size - 1) / 2, count + max(0.0, (each - 1.2) / (each + 8)) * size**2 / 2)
     lu = 0.62 * fill + 0.88 * size + fill**2 / (size * tokens)
-    matrix = 0.0344 * size**2 + (0.18 * size**3 + 377_000 / heads) / tokens
+    matrix = 0.0344 * size**2 + (0.15 * size**3 + 800_000 / heads) / tokens
+    dense = 0.139 * size**2 + 18 * size + (0.034 * size**3 + 1_000_000 / heads) / tokens
+    if dense < min(lu, matrix):
+        return "dense"
     return "lu" if lu < matrix else "matrix"
