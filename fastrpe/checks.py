@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,3 +66,11 @@ def check_choice(op: str, argument: str, value: Any, choices: Iterable[Any]) -> 
     choices = tuple(choices)
     if value not in choices:
         raise fail(op, argument, "be one of " + ", ".join(map(repr, choices)), repr(value))
+
+
+def check_no_tangents(op: str, *inputs: tuple[str, Tensor | None]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for argument, x in inputs:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{op}: {argument} must have no forward-mode tangent, got one; use reverse mode")

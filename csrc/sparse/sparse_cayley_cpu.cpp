@@ -8,13 +8,7 @@
 #include <vector>
 
 #include "../common/checks.h"
-
-// As in rotary_cpu.cpp: compiled three times, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__)
-#define FASTRPE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTRPE_CLONES
-#endif
+#include "../common/clones.h"
 
 namespace fastrpe {
 namespace sparse_cayley {

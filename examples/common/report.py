@@ -1,6 +1,7 @@
 """What the reports of studies share: comparing runs seed by seed, saving plots, the place in a README."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,30 @@ from .plot import pyplot
 from .results import spread
 
 Check = tuple[str, str, bool | None]  # what, its value, and whether it is met; None where that is open
+Parts = dict[str, Callable[[Path], str]]  # each makes a table, or a plot and its place, from a folder of results
 MARKS = "<!-- results -->\n", "<!-- end of results -->\n"
+
+
+def command(prog: str, parts: Parts, out: Path, arguments: list[str] | None) -> None:
+    """Print the parts that are named, all by default, and write them into a README if asked."""
+    about = "Tables and plots of the study's results: all of them, or those that are named."
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="of " + ", ".join(parts) + "; all by default")
+    parser.add_argument("--out", type=Path, default=out, help="folder with the results, where plots are written")
+    parser.add_argument("--readme", type=Path, help="also write the report between the marks of this file")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"PART must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    text = make(parts, options.out, options.parts)
+    print(text)
+    if options.readme:
+        insert(text, options.readme, options.out)
+
+
+def make(parts: Parts, out: Path, names: Iterable[str] = ()) -> str:
+    """Make the plots and return the tables and the plots' places as Markdown."""
+    texts = [parts[name](out) for name in names or parts]
+    return "\n\n".join(text for text in texts if text)
 
 
 def accuracies(runs: Sequence[dict[str, Any]]) -> list[float]:

@@ -1,6 +1,5 @@
 """Tables and plots of the study's results: all of them, or those that are named."""
 
-import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
 from examples.common.report import MARKS as MARKS
-from examples.common.report import Check, accuracies, check_table, difference, insert, save, seeds_of
+from examples.common.report import Check, Parts, accuracies, check_table, command, difference, make, save, seeds_of
 
 from .variants import FTHETA, OF_FOLDERS, OF_LENGTH, STUDIES, VARIANTS, tokens
 
@@ -34,23 +33,12 @@ Runs = list[dict[str, Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.performer_vit.report", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="of " + ", ".join(PARTS) + "; all by default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder with the results, where plots are written")
-    parser.add_argument("--readme", type=Path, help="also write the report between the marks of this file")
-    options = parser.parse_args(arguments)
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"PART must be among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    text = write(options.out, options.parts)
-    print(text)
-    if options.readme:
-        insert(text, options.readme, options.out)
+    command("python -m examples.performer_vit.report", PARTS, RESULTS, arguments)
 
 
-def write(out: Path, parts: Iterable[str] = ()) -> str:
-    """Make the plots and return the tables and the plots' places as Markdown."""
-    texts = [PARTS[part](out) for part in parts or PARTS]
-    return "\n\n".join(text for text in texts if text)
+def write(out: Path) -> str:
+    """The whole report."""
+    return make(PARTS, out)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -273,7 +261,7 @@ def length_plot(out: Path) -> str:
     return save(figure, out, "length", "Time of an epoch and accuracy against the number of tokens; dashed: the bars")
 
 
-PARTS: dict[str, Callable[[Path], str]] = {
+PARTS: Parts = {
     "checks": checks,
     "accuracy": accuracy,
     "tradeoff-plot": tradeoff_plot,

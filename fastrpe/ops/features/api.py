@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...backend import resolve
-from ...checks import check_choice, check_device, check_dtype, check_shape, check_type, fail
+from ...checks import check_choice, check_device, check_dtype, check_no_tangents, check_shape, check_type, fail
 from .reference import KINDS, STABILIZERS, WITHOUT_OMEGA
 
 LARGEST = 256  # D that the Triton kernels take
@@ -92,9 +91,7 @@ def random_features(
         raise fail(op, "eps", "be 0 for kind 'trigonometric'" if eps > 0 else "be at least 0", eps)
     a = _check_a(op, x, kind, a)
     name = _resolve(op, x, backend)
-    if forward_ad._current_level >= 0:
-        for argument, t in (("x", x), ("omega", omega), ("a", a)):
-            _check_no_tangent(op, argument, t)
+    check_no_tangents(op, ("x", x), ("omega", omega), ("a", a))
     y: Tensor = torch.ops.fastrpe.random_features.default(x, omega, kind, scale, eps, a, stabilizer, name)
     return y
 
@@ -137,8 +134,7 @@ def fwht(
     if D < 1 or D & (D - 1):
         raise fail(op, "x", "have a last axis that is a power of two", tuple(x.shape))
     name = _resolve(op, x, backend, largest=4096)
-    if forward_ad._current_level >= 0:
-        _check_no_tangent(op, "x", x)
+    check_no_tangents(op, ("x", x))
     y: Tensor = torch.ops.fastrpe.fwht.default(x, scale, name)
     return y
 
@@ -174,8 +170,3 @@ def _resolve(op: str, x: Tensor, backend: str | None, largest: int = LARGEST) ->
     if name == "triton" and not fits:
         raise NotImplementedError(f"{op}: backend must be 'reference' where D > {largest}, got 'triton' for D={D}")
     return name
-
-
-def _check_no_tangent(op: str, argument: str, x: Tensor | None) -> None:
-    if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(f"{op}: {argument} must have no forward-mode tangent, got one; use reverse mode")

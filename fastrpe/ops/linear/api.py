@@ -4,10 +4,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...backend import resolve
-from ...checks import FLOATS, check_choice, check_device, check_dtype, check_shape, check_type, fail, wrong_type
+from ...checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_no_tangents,
+    check_shape,
+    check_type,
+    fail,
+    wrong_type,
+)
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
 from .op import KINDS
 from .reference import EMPTY
@@ -152,12 +161,7 @@ def linear_attention(
     F = size_of(q, omega, kind)
     limit = _triton_limit(q.dtype, kind, causal, eps, normalize, cu_seqlens is not None, D, v.shape[-1], F)
     name = _resolve(op, q.device, backend, limit)
-    if forward_ad._current_level >= 0:
-        for argument, t in (("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z)):
-            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-                raise NotImplementedError(
-                    f"{op}: {argument} must have no forward-mode tangent, got one; use reverse mode"
-                )
+    check_no_tangents(op, ("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z))
     dtype, weighted = q.dtype, not normalize and kind in SOFTMAX
     if weighted and not autocast:  # by the features' constant, before the one rounding
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
