@@ -1,6 +1,7 @@
 """Switches that must be set before the package is imported, and the fixtures that all tests share."""
 
 import os
+from collections.abc import Generator
 
 import torch
 
@@ -43,3 +44,15 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
         pytest.skip(why)
     name: str = request.param
     return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """A kernel that says it does not serve an argument on a GPU skips what crosses it with all arguments."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("device") == "cuda" and "backend must be" in str(error):
+            pytest.skip(str(error))
+        raise

@@ -12,6 +12,7 @@ PAIRS = ("hyperbolic", "trigonometric")  # kinds of 2 M features
 WITH_NORM = (*PAIRS, "positive", "oprf")  # kinds whose exponent has |x|^2 / 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STAGES = 1  # tiles loaded ahead: more would not fit the shared memory of smaller GPUs
+FUSED = tl.constexpr(not INTERPRETED)  # whether tl.fma rounds once, as it does on a GPU
 PARTS = 512  # programs that keep sums over rows of their own
 
 
@@ -19,8 +20,23 @@ PARTS = 512  # programs that keep sums over rows of their own
 def _dot(a, b, DOT: tl.constexpr):
     """a b in full float32 (or wider): tensor cores round float32 to ten bits, unless it is split in three."""
     if DOT == "":
-        return tl.sum(a[:, :, None] * b[None, :, :], 1)
-    return tl.dot(a, b, input_precision=DOT, out_dtype=a.dtype)
+        y = tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        y = tl.dot(a, b, input_precision=DOT, out_dtype=a.dtype)
+    return y
+
+
+@triton.jit
+def _exp(x):
+    """To 2 ulp, where tl.exp, which rounds x log2(e), loses as many bits as x has before its point."""
+    if x.dtype == tl.float32 and FUSED:
+        t = x * 1.4426950408889634
+        rest = tl.fma(x, 1.4426950408889634, -t) + x * 1.925963e-8
+        y = tl.exp2(t)
+        y = tl.where(tl.abs(t) < 200.0, y + y * (rest * 0.6931471805599453), y)
+    else:
+        y = tl.exp(x)
+    return y
 
 
 @triton.jit
@@ -106,20 +122,20 @@ def _features_kernel(
             p_y = y + (i_bh * L + o_l)[:, None] * F + o_m[None, :]
             m_y = m_l[:, None] & (o_m < M)[None, :]
             if KIND == "trigonometric":
-                b_size = b_factor * tl.exp(b_norm - b_most)[:, None]
+                b_size = b_factor * _exp(b_norm - b_most)[:, None]
                 b_y = b_size * tl.cos(b_p)
                 tl.store(p_y + M, (b_size * tl.sin(b_p)).to(y.dtype.element_ty), mask=m_y)
             elif KIND == "hyperbolic":
                 b_shift = (b_norm + b_most)[:, None]
-                b_y = b_factor * (tl.exp(b_p - b_shift) + EPS)
-                b_z = b_factor * (tl.exp(-b_p - b_shift) + EPS)
+                b_y = b_factor * (_exp(b_p - b_shift) + EPS)
+                b_z = b_factor * (_exp(-b_p - b_shift) + EPS)
                 tl.store(p_y + M, b_z.to(y.dtype.element_ty), mask=m_y)
             elif KIND == "relu":
                 b_y = tl.maximum(b_p, 0.0, propagate_nan=tl.PropagateNan.ALL) + EPS
             elif KIND == "elu":
-                b_y = tl.where(b_p > 0, b_p + 1.0, tl.exp(tl.minimum(b_p, 0.0))) + EPS
+                b_y = tl.where(b_p > 0, b_p + 1.0, _exp(tl.minimum(b_p, 0.0))) + EPS
             else:
-                b_y = b_factor * (tl.exp(b_p - b_most[:, None]) + EPS)
+                b_y = b_factor * (_exp(b_p - b_most[:, None]) + EPS)
             tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y)
 
 

@@ -63,7 +63,7 @@ def linear_attention(
     No exponential is taken above 1: key features are held relative to the largest of the keys (when causal, of the
     keys so far, and the sums are rescaled as it grows), a query's relative to its row's largest. Both factors cancel.
     A denominator of positive features is at least 1, in every dtype and for any norm of q and k; and no key, however
-    large, changes a causal output before it by a single bit.
+    large, changes a causal output before it by a single bit (with Triton, by more than rounding).
 
     Args:
         q: queries, ``(B, H, L, D)``, any strides; float16, bfloat16, float32 or float64.

@@ -22,6 +22,7 @@ from .tiles import (
     State,
     add_columns,
     add_outer,
+    add_token,
     half_norm,
     load_omega,
     load_rows,
@@ -39,7 +40,12 @@ from .tiles import (
     store_rows,
     store_state,
     times_columns,
+    token_bias,
+    token_state,
 )
+
+SPREAD = tl.constexpr(80.0)  # bits between a feature's queries of one chunk, above which the smaller may have vanished
+
 
 # Bidirectional -------------------------------------------------------------------------------------------------------
 
@@ -302,7 +308,7 @@ def _domega_kernel(
 
 @triton.jit
 def _causal_dq_kernel(
-    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, domega, dbias,
+    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, domega, dbias, flags,
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -334,6 +340,7 @@ def _causal_dq_kernel(
         b_c = tl.full((BF,), EMPTY if KIND == EXP else 0.0, tl.float32)
     b_dw = tl.zeros((BF, BD), tl.float32)
     b_db = tl.zeros((BF,), tl.float32)
+    vanished = tl.zeros((BL,), tl.int32)
     end = tl.minimum(L, (i_s + 1) * span)
     for i in steps(i_s * span, end, BL):
         b_k = load_rows(p_k, i, k_l, end, D, BL, BD)
@@ -380,13 +387,14 @@ def _causal_dq_kernel(
         b_da = tl.where(pair, tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION), 0.0)
         b_ds = tl.dot(b_dout, tl.trans(b_s), input_precision=PRECISION)
         if NORMALIZE:
-            # Rows whose sums vanish here, see the forward, have no gradient.
+            # Rows whose sums vanish here, see the forward, are done token by token.
             there = b_den >= VANISHED if KIND == EXP else b_den != 0.0
             b_g = tl.where(there, 1.0 / tl.where(there, b_den, 1.0), 0.0)
             b_delta = (tl.sum(b_a * b_da, 1) + tl.sum(b_pq_t.to(tl.float32) * b_ds, 1)) * b_g
             b_ds = add_outer(b_ds, -b_delta, b_z, WIDE)
             b_da = tl.where(pair, b_da - b_delta[:, None], 0.0)
             b_row = tl.where(there, b_r + tl.log2(tl.where(there, b_den, 1.0)), EMPTY) if KIND == EXP else b_g
+            vanished = tl.maximum(vanished, tl.where(m_row & (b_den < VANISHED), 1, 0))
         else:
             b_delta = tl.zeros((BL,), tl.float32)
             b_row = tl.full((BL,), 0.0 if KIND == EXP else 1.0, tl.float32)
@@ -406,6 +414,8 @@ def _causal_dq_kernel(
             b_db += tl.sum(b_ds, 0)
         b_z += b_sum
         b_c = b_n
+    if KIND == EXP:
+        tl.store(flags + pid, tl.max(vanished, 0))
     if OMEGA:
         p = pid.to(tl.int64) * F + o_f
         m = (o_f < F)[:, None] & (o_d < D)[None, :]
@@ -414,8 +424,65 @@ def _causal_dq_kernel(
 
 
 @triton.jit
+def _tokens_dq_kernel(
+    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, domega, dbias, flags,
+    scale, exponent, heads, groups, L, M, F, parts, span,
+    dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
+    D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, BIASED: tl.constexpr, MASK: tl.constexpr,
+    PARTS: tl.constexpr, START: tl.constexpr, OMEGA: tl.constexpr,
+):  # fmt: skip
+    """What `_causal_dq_kernel` left out: the rows of a flagged span whose sums vanished, token by token."""
+    pid = tl.program_id(0)
+    if tl.load(flags + pid) != 0:
+        i_s, i_bh = pid % parts, (pid // parts).to(tl.int64)
+        i_b, i_h = i_bh // heads, i_bh % heads
+        i_k = i_h // groups
+        p_q, p_dout, p_dq = q + i_b * q_b + i_h * q_h, dout + i_b * dout_b + i_h * dout_h, dq + i_bh * L * D
+        p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
+        o_f, o_d, o_v = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, BV)
+        b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
+        i_state = i_b * (heads // groups) + i_k
+        b_kv, b_z, b_c = token_state(
+            kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, PARTS, START
+        )
+        b_bias = token_bias(bias + i_k * bias_h, o_f, F, BIASED)
+        b_dw = tl.zeros((BF, BD), tl.float32)
+        b_db = tl.zeros((BF,), tl.float32)
+        for i in steps(i_s * span, tl.minimum(L, (i_s + 1) * span), 1):
+            row = tl.cast(i, tl.int64)
+            b_kv, b_z, b_c = add_token(
+                b_kv, b_z, b_c, b_w, b_bias, p_k + row * k_l, p_v + row * v_l, mask + i_b * L + row,
+                o_d, o_v, scale, exponent, D, V, NORM, MASK,
+            )  # fmt: skip
+            b_q = tl.load(p_q + row * q_l + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            b_dout = tl.load(p_dout + row * dout_l + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+            b_e = tl.sum(b_w * b_q[None, :], 1) * exponent + b_bias + b_c
+            top = tl.max(b_e, 0)
+            b_e = tl.exp2(b_e - top)
+            den = tl.sum(b_e * b_z, 0)
+            p_row = i_bh * L + row
+            if (den > 0.0) & (tl.load(lse + p_row) <= EMPTY):
+                b_ds = tl.sum(b_kv * b_dout[None, :], 1)
+                mean = tl.sum(b_e * b_ds, 0) / den
+                b_ds = (b_ds - mean * b_z) * b_e / den
+                b_dq = tl.sum(b_ds[:, None] * b_w, 0) * scale
+                tl.store(p_dq + row * D + o_d, b_dq.to(dq.dtype.element_ty), mask=o_d < D)
+                tl.store(lse + p_row, top + tl.log2(den))
+                tl.store(delta + p_row, mean)
+                b_dw += b_ds[:, None] * b_q[None, :]
+                b_db += b_ds
+        if OMEGA:
+            p = pid.to(tl.int64) * F + o_f
+            m = (o_f < F)[:, None] & (o_d < D)[None, :]
+            p_w = domega + p[:, None] * D + o_d[None, :]
+            tl.store(p_w, tl.load(p_w, mask=m) + b_dw * scale, mask=m)
+            tl.store(dbias + p, tl.load(dbias + p, mask=o_f < F) + b_db, mask=o_f < F)
+
+
+@triton.jit
 def _causal_dk_kernel(
-    dout, q, k, v, omega, bias, mask, lse, delta, kv, z, c, kv0, z0, c0, dk, dv, kv1, z1, c1, domega, dbias,
+    dout, q, k, v, omega, bias, mask, lse, delta, kv, z, c, kv0, z0, c0, dk, dv, kv1, z1, c1, domega, dbias, flags,
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -447,6 +514,7 @@ def _causal_dk_kernel(
             b_kv, b_z, b_c = load_state(kv0, z0, c0, i_state, o_f, F, LOG2E, V, BV)
     b_dw = tl.zeros((BF, BD), tl.float32)
     b_db = tl.zeros((BF,), tl.float32)
+    spread = tl.zeros((BF,), tl.float32)
     begin, end = i_s * span, tl.minimum(L, (i_s + 1) * span)
     chunks = tl.cdiv(end - begin, BL)
     for n in steps(0, chunks, 1):
@@ -470,6 +538,9 @@ def _causal_dk_kernel(
             b_e = tl.where(m_row, b_e, MASKED)
             b_pq = b_pq * exponent + b_e[None, :]
             b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pq, 1) + b_bias))
+            # What a key's own queries are at least, relative to those of earlier rows that it does not see.
+            b_least = tl.min(tl.where(m_row[None, :], b_pq, -EMPTY), 1) + b_bias
+            spread = tl.maximum(spread, tl.where(o_f < F, b_n - tl.maximum(b_c, b_least), 0.0))
             b_pq = tl.exp2(b_pq + (b_bias - b_n)[:, None])
             b_old = tl.exp2(b_c - b_n)
         else:
@@ -514,6 +585,8 @@ def _causal_dk_kernel(
             b_db += tl.sum(b_ds, 0)
         b_z -= b_sum
         b_c = b_n
+    if KIND == EXP:
+        tl.store(flags + pid, tl.where(tl.max(spread, 0) > SPREAD, 1, 0))
     if i_s == 0:
         store_state(kv1, z1, c1, b_kv, b_z, b_c, i_bh, o_f, F, 1.0 / LOG2E, V, BV)
     if OMEGA:
@@ -521,6 +594,77 @@ def _causal_dk_kernel(
         m = (o_f < F)[:, None] & (o_d < D)[None, :]
         tl.store(domega + p[:, None] * D + o_d[None, :], b_dw * scale, mask=m)
         tl.store(dbias + p, b_db, mask=o_f < F)
+
+
+@triton.jit
+def _tokens_dk_kernel(
+    dout, q, k, v, omega, bias, mask, lse, delta, kv, z, c, kv0, z0, c0, dk, dv, domega, dbias, flags,
+    scale, exponent, heads, groups, L, M, F, parts, span,
+    dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
+    D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, BIASED: tl.constexpr, MASK: tl.constexpr,
+    NORMALIZE: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr, OMEGA: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a flagged span anew, token by token from the last: exact whatever the queries, and slow."""
+    pid = tl.program_id(0)
+    if tl.load(flags + pid) != 0:
+        i_s, i_bh = pid % parts, (pid // parts).to(tl.int64)
+        i_b, i_h = i_bh // heads, i_bh % heads
+        i_k = i_h // groups
+        p_q, p_dout = q + i_b * q_b + i_h * q_h, dout + i_b * dout_b + i_h * dout_h
+        p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
+        o_f, o_d, o_v = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, BV)
+        m_d, m_v = o_d < D, o_v < V
+        b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
+        i_state = i_b * (heads // groups) + i_k
+        b_kv, b_z, b_c = token_state(
+            kv, z, c, kv0, z0, c0, i_state, i_bh * parts + i_s, o_f, F, V, BF, BV, PARTS, START
+        )
+        if START and not PARTS:
+            if i_h % groups != 0:
+                b_kv, b_z, b_c = b_kv * 0.0, b_z * 0.0, tl.full((BF,), EMPTY, tl.float32)
+        b_bias = token_bias(bias + i_k * bias_h, o_f, F, BIASED)
+        half = 0.5 * LOG2E * scale * scale
+        b_dw = tl.zeros((BF, BD), tl.float32)
+        b_db = tl.zeros((BF,), tl.float32)
+        begin, end = i_s * span, tl.minimum(L, (i_s + 1) * span)
+        for n in steps(0, end - begin, 1):
+            row = tl.cast(end - 1 - n, tl.int64)
+            b_q = tl.load(p_q + row * q_l + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_dout = tl.load(p_dout + row * dout_l + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_row = tl.load(lse + i_bh * L + row)
+            b_e = tl.sum(b_w * b_q[None, :], 1) * exponent + b_bias - b_row
+            if NORM and not NORMALIZE:
+                b_e -= tl.sum(b_q * b_q, 0) * half
+            b_e = tl.where(b_row > EMPTY, b_e, MASKED)
+            b_n = tl.maximum(b_c, b_e)
+            b_r = tl.exp2(b_c - b_n)
+            b_e = tl.exp2(b_e - b_n)
+            b_kv = b_kv * b_r[:, None] + b_e[:, None] * b_dout[None, :]
+            b_z = b_z * b_r - b_e * tl.load(delta + i_bh * L + row)
+            b_c = b_n
+            b_k = tl.load(p_k + row * k_l + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_v = tl.load(p_v + row * v_l + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_e = tl.sum(b_w * b_k[None, :], 1) * exponent + b_bias + b_c
+            if NORM:
+                b_e -= tl.sum(b_k * b_k, 0) * half
+            if MASK:
+                b_e = tl.where(tl.load(mask + i_b * L + row) != 0, b_e, MASKED)
+            b_e = tl.exp2(b_e)
+            b_ds = (tl.sum(b_kv * b_v[None, :], 1) + b_z) * b_e
+            b_dk = tl.sum(b_ds[:, None] * b_w, 0) * scale
+            if NORM:
+                b_dk -= b_k * tl.sum(b_ds, 0) * scale * scale
+            b_dv = tl.sum(b_e[:, None] * b_kv, 0)
+            tl.store(dk + (i_bh * L + row) * D + o_d, b_dk.to(dk.dtype.element_ty), mask=m_d)
+            tl.store(dv + (i_bh * L + row) * V + o_v, b_dv.to(dv.dtype.element_ty), mask=m_v)
+            b_dw += b_ds[:, None] * b_k[None, :]
+            b_db += b_ds
+        if OMEGA:
+            p = pid.to(tl.int64) * F + o_f
+            m = (o_f < F)[:, None] & m_d[None, :]
+            tl.store(domega + p[:, None] * D + o_d[None, :], b_dw * scale, mask=m)
+            tl.store(dbias + p, b_db, mask=o_f < F)
 
 
 # Launches ------------------------------------------------------------------------------------------------------------
@@ -705,17 +849,29 @@ def causal_gradients(
             parts, _ = states(p, k, v, span)
             scan(p, parts, count, start, prefix=True)
         grid = (count * p.B * p.H,)
-        _causal_dq_kernel[grid](
-            dout, q, k, v, p.omega, p.bias, p.mask, *parts, *(start or last), dq, lse, delta, *outs[0], *numbers,
-            START=start is not None, **common,
+        flags = torch.empty(grid, dtype=torch.int32, device=q.device)
+        tensors = (
+            dout, q, k, v, p.omega, p.bias, p.mask, *parts, *(start or last), dq, lse, delta, *outs[0], flags
         )  # fmt: skip
+        _causal_dq_kernel[grid](*tensors, *numbers, START=start is not None, **common)
+        tokens = p.options("NORM SIGNED IDENTITY BIASED MASK") | {"PARTS": count > 1, "OMEGA": need_omega}
+        if p.is_exp and p.flags["NORMALIZE"]:
+            _tokens_dq_kernel[grid](
+                *tensors, p.scale, p.exponent, *numbers[3:-6], p.D, p.V, t.features, p.BD, p.BV,
+                START=start is not None, **tokens, num_warps=8,
+            )  # fmt: skip
         if count > 1:
             parts, _ = states(p, q, dout, span, (lse, delta))
             scan(p, parts, count, late, prefix=True, backward=True)
+        tensors = dout, q, k, v, p.omega, p.bias, p.mask, lse, delta, *parts, *(late or last), dk, dv
         _causal_dk_kernel[grid](
-            dout, q, k, v, p.omega, p.bias, p.mask, lse, delta, *parts, *(late or last), dk, dv, *dstate, *outs[1],
-            *numbers, START=late is not None, **common,
+            *tensors, *dstate, *outs[1], flags, *numbers, START=late is not None, **common,
         )  # fmt: skip
+        if p.is_exp:
+            _tokens_dk_kernel[grid](
+                *tensors, *outs[1], flags, p.scale, p.exponent, *numbers[3:-6], p.D, p.V, t.features, p.BD, p.BV,
+                START=late is not None, **tokens, NORMALIZE=p.flags["NORMALIZE"], num_warps=8,
+            )  # fmt: skip
     if groups > 1:
         dk, dv = (x.unflatten(1, (p.Hk, groups)).sum(2).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, dstate, [x[0] for x in outs], [x[1] for x in outs]

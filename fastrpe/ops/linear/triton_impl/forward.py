@@ -18,6 +18,7 @@ from .tiles import (
     Tiles,
     add_columns,
     add_states,
+    add_token,
     half_norm,
     load_omega,
     load_rows,
@@ -35,6 +36,8 @@ from .tiles import (
     store_rows,
     store_state,
     times_columns,
+    token_bias,
+    token_state,
 )
 
 SPLITS = 8  # parts of a state that every program of queries adds up; more are added up by a kernel of their own
@@ -359,33 +362,17 @@ def _tokens_kernel(
         p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
         o_f, o_d, o_v = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, BV)
         b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
-        b_bias = tl.where(o_f < F, 0.0, MASKED)
-        if BIASED:
-            b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
-        b_kv = tl.zeros((BF, BV), tl.float32)
-        b_z = tl.zeros((BF,), tl.float32)
-        b_c = tl.full((BF,), EMPTY, tl.float32)
-        if PARTS:
-            b_kv, b_z, b_c = load_state(kv, z, c, i_state * parts + i_s, o_f, F, 1.0, V, BV)
-        elif START:
-            b_kv, b_z, b_c = load_state(kv0, z0, c0, i_state, o_f, F, LOG2E, V, BV)
-        half = 0.5 * LOG2E * scale * scale
+        b_bias = token_bias(bias + i_k * bias_h, o_f, F, BIASED)
+        b_kv, b_z, b_c = token_state(
+            kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, PARTS, START
+        )
         for i in steps(i_s * span, tl.minimum(L, (i_s + 1) * span), 1):
             row = tl.cast(i, tl.int64)
-            b_k = tl.load(p_k + row * k_l + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-            b_v = tl.load(p_v + row * v_l + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+            b_kv, b_z, b_c = add_token(
+                b_kv, b_z, b_c, b_w, b_bias, p_k + row * k_l, p_v + row * v_l, mask + i_b * L + row,
+                o_d, o_v, scale, exponent, D, V, NORM, MASK,
+            )  # fmt: skip
             b_q = tl.load(p_q + row * q_l + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-            b_e = tl.sum(b_w * b_k[None, :], 1) * exponent + b_bias
-            if NORM:
-                b_e -= tl.sum(b_k * b_k, 0) * half
-            if MASK:
-                b_e = tl.where(tl.load(mask + i_b * L + row) != 0, b_e, MASKED)
-            b_n = tl.maximum(b_c, b_e)
-            b_e = tl.exp2(b_e - b_n)
-            b_r = tl.exp2(b_c - b_n)
-            b_kv = b_kv * b_r[:, None] + b_e[:, None] * b_v[None, :]
-            b_z = b_z * b_r + b_e
-            b_c = b_n
             b_w_q = tl.sum(b_w * b_q[None, :], 1) * exponent + b_bias + b_c
             top = tl.max(b_w_q, 0)
             b_w_q = tl.exp2(b_w_q - top)
@@ -394,7 +381,7 @@ def _tokens_kernel(
                 den = tl.sum(b_w_q * b_z, 0)
                 b_o = b_o / tl.where(den == 0.0, 1.0, den)
             else:
-                b_o *= tl.exp2(top - tl.sum(b_q * b_q, 0) * half if NORM else top)
+                b_o *= tl.exp2(top - tl.sum(b_q * b_q, 0) * (0.5 * LOG2E * scale * scale) if NORM else top)
             tl.store(p_out + row * V + o_v, b_o.to(out.dtype.element_ty), mask=o_v < V)
 
 

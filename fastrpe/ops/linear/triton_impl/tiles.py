@@ -226,6 +226,51 @@ def query_state(b_kv, b_z, b_c, p_bias, o_f, F, BIASED: tl.constexpr, KIND: tl.c
     return b_kv, b_z, tl.where(o_f < F, b_c, MASKED)
 
 
+# Token by token: exact whatever the keys, and slow -------------------------------------------------------------------
+
+
+@triton.jit
+def token_bias(p_bias, o_f, F, BIASED: tl.constexpr):
+    b_bias = tl.where(o_f < F, 0.0, MASKED)
+    if BIASED:
+        b_bias += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
+    return b_bias
+
+
+@triton.jit
+def token_state(
+    kv, z, c, kv0, z0, c0, i_state, i_part, o_f, F,
+    V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """The state before a span: of its part, of the start, or of no keys."""
+    b_kv = tl.zeros((BF, BV), tl.float32)
+    b_z = tl.zeros((BF,), tl.float32)
+    b_c = tl.full((BF,), EMPTY, tl.float32)
+    if PARTS:
+        b_kv, b_z, b_c = load_state(kv, z, c, i_part, o_f, F, 1.0, V, BV)
+    elif START:
+        b_kv, b_z, b_c = load_state(kv0, z0, c0, i_state, o_f, F, LOG2E, V, BV)
+    return b_kv, b_z, b_c
+
+
+@triton.jit
+def add_token(
+    b_kv, b_z, b_c, b_w, b_bias, p_k, p_v, p_mask, o_d, o_v, scale, exponent,
+    D: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    b_k = tl.load(p_k + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_v = tl.load(p_v + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+    b_e = tl.sum(b_w * b_k[None, :], 1) * exponent + b_bias
+    if NORM:
+        b_e -= tl.sum(b_k * b_k, 0) * (0.5 * LOG2E * scale * scale)
+    if MASK:
+        b_e = tl.where(tl.load(p_mask) != 0, b_e, MASKED)
+    b_n = tl.maximum(b_c, b_e)
+    b_e = tl.exp2(b_e - b_n)
+    b_r = tl.exp2(b_c - b_n)
+    return b_kv * b_r[:, None] + b_e[:, None] * b_v[None, :], b_z * b_r + b_e, b_n
+
+
 # Launches ------------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +338,8 @@ class Plan:
             features = F if causal else min(F, 32 if wide <= 64 else 16)
             return Tiles(features, 16, features == F, 4, 1)
         if causal:
-            small, fits = F <= 64 and wide <= 64, F * (self.BD + self.BV) <= 2**14
+            # Measured for D = V = 64, F = 128: 4 warps and 64 rows take half the time of 8 warps and 32 rows.
+            small, fits = F <= 128 and wide <= 64, F * (self.BD + self.BV) <= 2**14
             stages = 2 if fits and self.input == torch.bfloat16 else 1
             return Tiles(F, 64 if small else 32, True, 4 if small else 8, stages)
         if state:
@@ -301,7 +347,7 @@ class Plan:
             return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)
         features = min(F, 256 if wide <= 64 else 8192 * 2 // wide)
         warps = 8 if features * wide > 8192 and wide <= 128 else 4
-        return Tiles(features, 16 * warps, features == F, warps, 2 if wide <= 64 else 1)
+        return Tiles(features, 16 * warps, features == F, warps, 3 if wide <= 64 else 1)
 
 
 def plan(
