@@ -1,10 +1,15 @@
 """cuDSS through nvmath-python: the systems of all heads as one block-diagonal matrix, analysed once."""
 
+import logging
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+LOGGER = logging.getLogger("fastrpe.cudss")
+LOGGER.setLevel(logging.ERROR)  # nvmath warns of each analysis by one thread
 
 
 class System:
@@ -17,7 +22,8 @@ class System:
         start, column = matrix.crow_indices().int(), matrix.col_indices().int()  # cuDSS takes no other
         self.matrix = torch.sparse_csr_tensor(start, column, matrix.values().clone(), size=matrix.shape)
         self.rhs = matrix.values().new_zeros(columns, n).mT  # columns side by side, as cuDSS wants them
-        self.solver: Any = DirectSolver(self.matrix, self.rhs)
+        self.solver: Any = DirectSolver(self.matrix, self.rhs, options={"logger": LOGGER})
+        weakref.finalize(self, self.solver.free)  # which nvmath leaves to its user
         self.solver.plan()
 
     def factorise(self, values: Tensor) -> None:
