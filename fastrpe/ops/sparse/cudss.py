@@ -1,5 +1,6 @@
 """cuDSS through nvmath-python: the systems of all heads as one block-diagonal matrix, analysed once."""
 
+import ctypes
 import logging
 import weakref
 from typing import Any
@@ -16,6 +17,7 @@ class System:
     """One matrix (n, n) and its right-hand sides (n, N), whose values change in place: the plan stays valid."""
 
     def __init__(self, matrix: Tensor, columns: int) -> None:
+        from nvmath.bindings import cudss
         from nvmath.sparse.advanced import DirectSolver
 
         n = len(matrix)
@@ -24,6 +26,8 @@ class System:
         self.rhs = matrix.values().new_zeros(columns, n).mT  # columns side by side, as cuDSS wants them
         self.solver: Any = DirectSolver(self.matrix, self.rhs, options={"logger": LOGGER})
         weakref.finalize(self, self.solver.free)  # which nvmath leaves to its user
+        on, mode = ctypes.c_int32(1), cudss.ConfigParam.DETERMINISTIC_MODE
+        cudss.config_set(self.solver.config_ptr, mode, ctypes.addressof(on), ctypes.sizeof(on))
         self.solver.plan()
 
     def factorise(self, values: Tensor) -> None:
