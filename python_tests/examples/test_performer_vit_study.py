@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from examples.common import results
+from examples.common import study as common
 from examples.performer_vit import __main__ as study
 from examples.performer_vit import report, timing
 from examples.performer_vit.variants import (
@@ -18,6 +19,7 @@ from examples.performer_vit.variants import (
     VARIANTS,
     build,
     configure,
+    seeds_of,
     tokens,
 )
 from fastrpe.feature_maps import FeatureMap
@@ -56,8 +58,8 @@ def test_resume_skips_what_is_finished_and_is_the_same(tmp_path, monkeypatch):
     first = run(tmp_path, *variants)
     (tmp_path / "mnist-small-softmax-seed0.json").unlink()
     begun = []
-    whole = study.run
-    monkeypatch.setattr(study, "run", lambda *args: begun.append(args[3]) or whole(*args))
+    whole = common.run
+    monkeypatch.setattr(common, "run", lambda *args: begun.append(args[4]) or whole(*args))
     assert run(tmp_path, *variants, "--resume")["softmax"]["accuracy"] == first["softmax"]["accuracy"]
     assert begun == ["softmax"]
     run(tmp_path, *variants, "--resume", "--redraw-every", "1")  # another model is another run
@@ -91,6 +93,7 @@ def test_studies_are_those_of_the_text():
     assert set(FEW) <= set(MAIN) == set(VARIANTS) == set(report.LOOKS)
     assert study.parse([]).studies == ["mnist", "cifar10", *OF_LENGTH]
     assert study.parse(["--studies", "lengths"]).studies == OF_LENGTH
+    assert [len(seeds_of(name)) for name in OF_LENGTH] == [3, 3, 3, 1]
     assert STUDIES["imagenet"][1].classes == 1000 and STUDIES["places365"][1].classes == 365
 
 
@@ -220,5 +223,5 @@ def test_committed_results_are_of_the_study():
     for result in results.read(ROOT / "examples" / "performer_vit" / "results", "*-seed*.json"):
         options = argparse.Namespace(images=result["images"], epochs=None, lr=None, batch_size=None, redraw_every=0)
         options.compile, options.capture = result["recipe"]["compile"], result["recipe"]["capture"]
-        same = study.describe(options, result["study"], result["variant"])
+        same = study.STUDY.describe(options, result["study"], result["variant"])
         assert {key: result[key] for key in same} == same

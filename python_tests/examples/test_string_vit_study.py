@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from examples.common import jobs, results
+from examples.common import study as common
 from examples.string_vit import __main__ as study
 from examples.string_vit import report, timing
 from examples.string_vit.variants import FRACTIONS, STUDIES, VARIANTS, build, configure
@@ -52,8 +53,8 @@ def test_resume_skips_what_is_finished_and_is_the_same(tmp_path, monkeypatch):
     first = run(tmp_path, *variants)
     (tmp_path / "mnist-small-none-seed0.json").unlink()
     begun = []
-    whole = study.run
-    monkeypatch.setattr(study, "run", lambda *args: begun.append(args[2]) or whole(*args))
+    whole = common.run
+    monkeypatch.setattr(common, "run", lambda *args: begun.append(args[4]) or whole(*args))
     assert run(tmp_path, *variants, "--resume")["none"]["accuracy"] == first["none"]["accuracy"]
     assert begun == ["none"]
     run(tmp_path, *variants, "--resume", "--lr", "1e-4")  # another recipe is another run
@@ -77,7 +78,7 @@ def test_processes_side_by_side_and_one_that_fails(tmp_path, capfd):
 
 def test_a_turn_is_one_process_s_at_a_time(tmp_path):
     path = tmp_path / "turn"
-    with study.locked(path), path.open("w") as other, pytest.raises(BlockingIOError):
+    with jobs.locked(path), path.open("w") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with path.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,4 +213,4 @@ def test_committed_results_are_of_the_study():
     for result in results.read(ROOT / "examples" / "string_vit" / "results", "*-seed*.json"):
         options = argparse.Namespace(images=result["images"], start=result["start"], epochs=None, lr=None)
         options.compile, options.capture = result["recipe"]["compile"], result["recipe"]["capture"]
-        assert jobs.is_of(result, study.describe(options, result["dataset"], result["variant"]))
+        assert jobs.is_of(result, study.STUDY.describe(options, result["dataset"], result["variant"]))

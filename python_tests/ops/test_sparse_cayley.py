@@ -1,6 +1,9 @@
 """The sparse Cayley transform: SPEC 2.8, items 1, 7 and 8, for every solver; and what every operator must survive."""
 
+import gc
 import itertools
+import sys
+import types
 
 import pytest
 import scipy.sparse
@@ -433,6 +436,51 @@ def test_bad_arguments_raise(error: type[Exception], message: str, changes: dict
     with pytest.raises(error) as raised:
         sparse_cayley(**arguments)  # type: ignore[arg-type]
     assert str(raised.value) == f"sparse_cayley: {message}"
+
+
+class Solver:
+    """Solves as nvmath's does, by what stands in its operands at the time of each call."""
+
+    alive = 0
+
+    def __init__(self, a: Tensor, b: Tensor, options: object) -> None:
+        assert a.crow_indices().dtype == a.col_indices().dtype == torch.int32 and b.stride(0) == 1
+        self.a, self.b, self.config_ptr = a, b, 0
+        Solver.alive += 1
+
+    def plan(self) -> None:
+        pass
+
+    def factorize(self) -> None:
+        self.factors = torch.linalg.lu_factor(self.a.to_dense())
+
+    def solve(self) -> Tensor:
+        return torch.linalg.lu_solve(*self.factors, self.b)
+
+    def free(self) -> None:
+        Solver.alive -= 1
+
+
+@pytest.mark.parametrize("heads", (None, HEADS), ids=("one-pattern", "per-head"))
+def test_cudss_is_asked_for_the_right_systems(heads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = types.SimpleNamespace(ConfigParam=types.SimpleNamespace(DETERMINISTIC_MODE=0), config_set=lambda *_: None)
+    parts = {"": {}, ".bindings": {"cudss": binding}, ".sparse": {}, ".sparse.advanced": {"DirectSolver": Solver}}
+    for name, content in parts.items():
+        module = types.ModuleType(f"nvmath{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    pairs, theta, x = _pairs(20, heads=heads), _normal(HEADS, 20), _normal(HEADS, 7, SIZE)
+    system = torch.eye(SIZE, dtype=torch.float64) + reference.skew(theta, pairs, SIZE)
+    for scale in (1.0, 2.0):  # the same plan for other values
+        scaled = torch.eye(SIZE, dtype=torch.float64) + scale * (system - torch.eye(SIZE, dtype=torch.float64))
+        solve = solvers.cudss(scale * theta, pairs, SIZE)
+        for adjoint in (False, True):
+            matrix = scaled.mT if adjoint else scaled
+            assert_within(solve(x, adjoint), torch.linalg.solve(matrix, x.mT).mT, SPARSE)
+    assert Solver.alive == 2
+    del pairs, solve
+    gc.collect()
+    assert Solver.alive == 0
 
 
 @pytest.mark.parametrize(

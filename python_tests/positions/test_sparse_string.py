@@ -311,6 +311,23 @@ def test_solver_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "| 8 | 0.5 | 3 |" in capsys.readouterr().out
 
 
+def test_solver_study_leaves_out_what_is_slow_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "shortest", lambda *_: 1e4)
+    monkeypatch.setattr(study, "trouble", lambda solver, _: "" if solver in ("matrix", "cg") else "broken")
+    options = ["--device", "cpu", "--sizes", "8", "4", "--fractions", "1/d", "0.5", "--tokens", "3"]
+    found = study.main([*options, "--out", str(tmp_path)])
+    assert [(c["d"], c["f"], c["solver"]) for c in found["cells"]] == [
+        (d, "1/d", s) for d in (8, 4) for s in ("matrix", "cg")
+    ]
+    assert found["left_out"]["dense"] == "broken"
+    assert study.main([*options, "--minutes", "-1", "--out", str(tmp_path)])["cells"] == []
+
+
+def test_solver_study_says_why_a_solver_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "sparse_cayley", lambda *_, **__: 1 / 0)
+    assert study.trouble("dense", torch.device("cpu")) == "ZeroDivisionError: division by zero"
+
+
 def test_solver_study_tells_what_misses_a_bar() -> None:
     def cell(solver: str, ms: float, d: int = 512) -> dict[str, object]:
         return dict(d=d, f="1/d", pairs=256, tokens=4, solver=solver, auto="lu", forward_ms=ms, step_ms=2 * ms)
