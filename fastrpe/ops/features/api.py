@@ -160,10 +160,10 @@ def _check_a(op: str, x: Tensor, kind: str, a: Tensor | float | None) -> Tensor 
 
 
 def _resolve(op: str, x: Tensor, backend: str | None, largest: int = LARGEST) -> str:
-    """Native kernels are for a CPU; Triton's for a GPU, if they are named: they have not been timed on one yet."""
+    """Native kernels are for a CPU, Triton's for a GPU."""
     device, D = x.device, x.shape[-1]
     fits = D <= largest
-    name = resolve(op, device, backend, ("native",) if device.type == "cpu" else ())
+    name = resolve(op, device, backend, ("native",) if device.type == "cpu" else ("triton",) if fits else ())
     if name == "native" and device.type != "cpu":
         raise NotImplementedError(
             f"{op}: backend must be 'reference' or 'triton' on {device.type}, got 'native', which is for a CPU"
