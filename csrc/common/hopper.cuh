@@ -68,6 +68,7 @@ __device__ __forceinline__ void warpgroup_barrier(int i) {
 
 // Of all threads of a cluster's blocks, which see what the others wrote to their shared memory before.
 __device__ __forceinline__ void cluster_barrier() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

@@ -53,8 +53,9 @@ struct Args {
   T* means;                          // (B Hk, M, V)
   float* exponents;                  // (B Hk, M)
   float scale, norm;                 // what turns projections and squared norms into exponents
-  int H, Hk, L, S;
-  int heads, share;  // B Hk; the blocks of each
+  int Hk, queries, L, S;             // H is Hk times queries
+  int row_tiles;                     // of L
+  int heads, share;                  // B Hk; the blocks of each
   int omega_h, bias_h;
   bool wide_omega;
 };
@@ -82,14 +83,16 @@ struct Plan {
   static constexpr int pool = stages * stage;
   static constexpr int exchange = M * width / 4;  // sums in float32, at the beginning of the pool
   static constexpr int rows = 64;                 // queries of a tile
-  static constexpr size_t bytes = 16 * (2 * features + pool) + sizeof(float) * (3 * M + keys);
+  static constexpr size_t bytes = 16 * (2 * features + pool) + sizeof(float) * (5 * M + keys);
   static_assert(pool == exchange + groups * 2 * rows * pieces);
 };
 
 template <int M>
 struct Memory {
   uint4 *omega, *means, *pool;
-  float *exponents, *z, *c, *key_bias;
+  float *exponents, *z, *c;
+  float2* all;  // z and c of all keys
+  float* key_bias;
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
@@ -98,7 +101,8 @@ struct Memory {
         exponents(reinterpret_cast<float*>(pool + Plan<M>::pool)),
         z(exponents + M),
         c(z + M),
-        key_bias(c + M) {}
+        all(reinterpret_cast<float2*>(c + M)),
+        key_bias(c + 3 * M) {}
 };
 
 // Where the 16 bytes number u of a row lie, as the tensor cores read them.
@@ -106,19 +110,36 @@ __device__ __forceinline__ int piece(int row, int u) {
   return row * pieces + (u ^ row % 8);
 }
 
-// Starts to copy rows [first, first + Count), zero from `until` on and where they are masked.
-template <int Threads, int Count, typename T>
-__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, int until, const bool* mask,
-                                      uint4* to) {
+// Where a block stands. Read again when it is needed again, since registers are scarce in between.
+struct Place {
+  int rank, b, h;
+
+  template <typename T>
+  __device__ __forceinline__ explicit Place(const Args<T>& args) {
+    uint32_t block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const uint32_t item = block / static_cast<uint32_t>(args.share);
+    rank = block - item * args.share;
+    b = item / static_cast<uint32_t>(args.Hk);
+    h = item - b * args.Hk;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ bool takes_part(const Args<T>& args, int b, int key) {
+  return key < args.S && (args.mask == nullptr || args.mask[static_cast<int64_t>(b) * args.S + key]);
+}
+
+// Starts to copy rows [first, first + Count), zero where they are not inside.
+template <int Threads, int Count, typename T, typename Inside>
+__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, uint4* to, Inside&& inside) {
   constexpr int step = Threads / pieces;
   const int i = threadIdx.x % Threads / pieces, u = threadIdx.x % pieces;
   const T* from = rows + (first + i) * stride + u * 8;
   to += piece(i, u);  // a step of 8 rows keeps the swizzle
 #pragma unroll
   for (int n = 0; n < Count; n += step) {
-    const int row = first + n + i;
-    const bool inside = row < until && (mask == nullptr || mask[row]);
-    copy_async<16>(to + n * pieces, inside ? from : rows, inside);
+    copy_async<16>(to + n * pieces, from, inside(first + n + i));
     from += step * stride;
   }
 }
@@ -141,8 +162,7 @@ __device__ __forceinline__ void fill_omega(const Args<T>& args, int h, uint4* to
 
 // The exponents that a tile of keys adds to its projections.
 template <typename T, int M>
-__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int first, const bool* mask,
-                                              float* to) {
+__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
   constexpr int parts = Plan<M>::threads / Plan<M>::keys, keys = 32 / parts;  // of a key; of a warp
   const int key = threadIdx.x / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
   float sum = 0;
@@ -162,19 +182,21 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
     }
   }
   if (part == 0) {
-    const bool inside = first + key < args.S && (mask == nullptr || mask[first + key]);
-    to[key] = inside ? sum * args.norm : masked;
+    to[key] = takes_part(args, b, first + key) ? sum * args.norm : masked;
   }
 }
 
-// A feature's sums become part of the state and what queries read. Of piece u of a row of the product a thread holds
-// pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the values.
+template <typename T>
+__device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
+  return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
+}
+
+// Of piece u of a row of the product a thread holds pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the
+// values.
 template <typename T, int M>
-__device__ __forceinline__ uint4 finish(const Args<T>& args, int item, int row, int u, const float2 (&kv)[4], float z,
-                                        float c, float& exponent) {
-  const int64_t feature = static_cast<int64_t>(item) * M + row;
-  const float bias = args.bias == nullptr ? 0 : args.bias[item % args.Hk * args.bias_h + row] * log2e;
-  c += bias;
+__device__ __forceinline__ void store_state(const Args<T>& args, int b, int h, int row, int u, const float2 (&kv)[4],
+                                            float z, float c) {
+  const int64_t feature = (static_cast<int64_t>(b) * args.Hk + h) * M + row;
   float* to = args.kv + feature * width + u / 4 * 32 + u % 4 * 2;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
@@ -182,12 +204,21 @@ __device__ __forceinline__ uint4 finish(const Args<T>& args, int item, int row, 
   }
   if (u == 0) {
     args.z[feature] = z;
-    args.log_scale[feature] = c * ln2;
+    args.log_scale[feature] = (c + feature_bias(args, h, row)) * ln2;
   }
-  exponent = z == 0 ? empty : c + log2f(z) + bias;
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 mean_value(const float2 (&kv)[4], float z) {
   const float inverse = z == 0 ? 0 : 1 / z;
   return {pack<T>(kv[0].x * inverse, kv[0].y * inverse), pack<T>(kv[1].x * inverse, kv[1].y * inverse),
           pack<T>(kv[2].x * inverse, kv[2].y * inverse), pack<T>(kv[3].x * inverse, kv[3].y * inverse)};
+}
+
+// What a feature adds to a query's exponent; its bias counts for keys and for queries.
+template <typename T>
+__device__ __forceinline__ float query_exponent(const Args<T>& args, int h, int row, float z, float c) {
+  return z == 0 ? empty : c + log2f(z) + 2 * feature_bias(args, h, row);
 }
 
 __device__ __forceinline__ void add(float2& to, float x, float y, float factor) {
@@ -277,26 +308,29 @@ __device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], co
 // The sums of this block's share of a head's keys over a warpgroup's 64 features, relative to 2^c. `last` is called
 // when the pool but for the first stages is free.
 template <typename T, int M, typename Last>
-__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& memory, int item, int rank,
+__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& memory, const Place& place,
                                          float (&kv)[32], float (&z)[2], float (&c)[2], Last&& last) {
   using Of = Plan<M>;
-  const int b = item / args.Hk, h = item % args.Hk;
   const int64_t all = (args.S + Of::keys - 1) / Of::keys;
-  const int start = static_cast<int>(all * rank / args.share);
-  const int tiles = static_cast<int>(all * (rank + 1) / args.share) - start;
-  const T *k = args.k.at(b, h), *v = args.v.at(b, h);
-  const bool* mask = args.mask == nullptr ? nullptr : args.mask + static_cast<int64_t>(b) * args.S;
+  const int start = static_cast<int>(all * place.rank / args.share);
+  const int tiles = static_cast<int>(all * (place.rank + 1) / args.share) - start;
+  const int b = place.b;
+  const T *k = args.k.at(b, place.h), *v = args.v.at(b, place.h);
   // The last tile lies in the first stage.
   const auto stage_of = [&](int i) { return memory.pool + (tiles - 1 - i) % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
     if (i < tiles) {
       uint4* stage = stage_of(i);
       const int first = (start + i) * Of::keys;
-      fetch<Of::threads, Of::keys>(k, args.k.l, first, args.S, mask, stage);
-      fetch<Of::threads, Of::keys>(v, args.v.l, first, args.S, mask, stage + Of::stage / 2);
+      const auto inside = [&](int key) { return takes_part(args, b, key); };
+      fetch<Of::threads, Of::keys>(k, args.k.l, first, stage, inside);
+      fetch<Of::threads, Of::keys>(v, args.v.l, first, stage + Of::stage / 2, inside);
     }
   };
-  for (int i = 0; i < Of::stages - 1; ++i) {
+  start_copy(0);
+  fill_omega<T, M>(args, place.h, memory.omega);
+  copies_end();
+  for (int i = 1; i < Of::stages - 1; ++i) {
     start_copy(i);
     copies_end();
   }
@@ -309,14 +343,14 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& m
     copies_wait<Of::stages - 2>();
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
-    float s[Of::keys / 2];
-    project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
     start_copy(i + Of::stages - 1);
     copies_end();
     if (i == tiles - 1) {
       last();
     }
-    fill_key_bias<T, M>(args, stage, (start + i) * Of::keys, mask, memory.key_bias);
+    float s[Of::keys / 2];
+    project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
+    fill_key_bias<T, M>(args, stage, b, (start + i) * Of::keys, memory.key_bias);
     __syncthreads();
     products_wait(s);
     float top[2] = {masked, masked};
@@ -336,6 +370,8 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& m
     add_values<T>(kv, z, s, c, stage + Of::stage / 2);
   }
   if (tiles == 0) {
+    copies_wait<0>();
+    copies_visible();
     last();
   }
   z[0] = sum_of_four(z[0]);
@@ -344,8 +380,8 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& m
 
 // Adds the sums of a cluster's blocks, each of them those of a part of the features, for all of them.
 template <typename T, int M>
-__device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<M>& memory, int item, int rank,
-                                              const float (&kv)[32], const float (&z)[2], const float (&c)[2]) {
+__device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<M>& memory, const float (&kv)[32],
+                                              const float (&z)[2], const float (&c)[2]) {
   using Of = Plan<M>;
   float* sums = reinterpret_cast<float*>(memory.pool);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + g;
@@ -363,7 +399,8 @@ __device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<
     }
   }
   cluster_barrier();
-  const int first = M * rank / args.share, count = M * (rank + 1) / args.share - first;
+  const Place place(args);
+  const int first = M * place.rank / args.share, count = M * (place.rank + 1) / args.share - first;
   for (int n = threadIdx.x; n < count * pieces; n += Of::threads) {
     const int row = first + n / pieces, u = n % pieces;
     float part_c[largest_cluster], all_c = empty;
@@ -407,18 +444,33 @@ __device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<
     swap_if(row & 1, sum[2], sum[3]);
     swap_if(row & 2, sum[0], sum[2]);
     swap_if(row & 2, sum[1], sum[3]);
-    float exponent;
-    const uint4 mean = finish<T, M>(args, item, row, u, sum, all_z, all_c, exponent);
+    const uint4 mean = mean_value<T>(sum, all_z);
+    const float exponent = query_exponent(args, place.h, row, all_z, all_c);
     for (int block = 0; block < args.share; ++block) {
       store_peer(peer(memory.means + piece(row, u), block), mean);
       if (u == 0) {
         store_peer(peer(memory.exponents + row, block), exponent);
       }
     }
+    // The state waits here, where nobody else looks: the barrier would wait for its way to global memory.
+    float2* kept = reinterpret_cast<float2*>(sums + row * width + u * 8);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      kept[p] = sum[p];
+    }
+    if (u == 0) {
+      memory.all[row] = {all_z, all_c};
+    }
   }
   cluster_visible();
   cluster_barrier();
-  cluster_visible();
+  copies_visible();
+  for (int n = threadIdx.x; n < count * pieces; n += Of::threads) {
+    const int row = first + n / pieces, u = n % pieces;
+    const float2* kept = reinterpret_cast<const float2*>(sums + row * width + u * 8);
+    const float2 kv[4] = {kept[0], kept[1], kept[2], kept[3]}, all = memory.all[row];
+    store_state<T, M>(args, place.b, place.h, row, u, kv, all.x, all.y);
+  }
 }
 
 // The tiles of queries of a warpgroup; a ring of `Ring` of them in shared memory.
@@ -427,23 +479,36 @@ struct Queries {
   using Of = Plan<M>;
   const Args<T>& args;
   uint4* ring;
-  int b, h, first, step, row_tiles, count;
+  int b, h, first, step, count;
 
-  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings, int item, int rank)
-      : args(args), b(item / args.Hk), h(item % args.Hk * (args.H / args.Hk)) {
+  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings) : args(args) {
+    const Place place(args);
     const int group = threadIdx.x / 128;
+    b = place.b;
+    h = place.h * args.queries;
     ring = rings + group * Ring * Of::rows * pieces;
-    row_tiles = (args.L + Of::rows - 1) / Of::rows;
-    first = rank * Of::groups + group;
+    first = place.rank * Of::groups + group;
     step = args.share * Of::groups;
-    count = max(0, (args.H / args.Hk * row_tiles - first + step - 1) / step);
+    count = max(0, (args.queries * args.row_tiles - first + step - 1) / step);
   }
 
   __device__ __forceinline__ void start_copy(int n) const {
     if (n < count) {
-      const int tile = first + n * step;
-      fetch<128, Of::rows>(args.q.at(b, h + tile / row_tiles), args.q.l, tile % row_tiles * Of::rows, args.L, nullptr,
-                           ring + n % Ring * Of::rows * pieces);
+      const int tile = first + n * step, head = tile / args.row_tiles;
+      fetch<128, Of::rows>(args.q.at(b, h + head), args.q.l, (tile - head * args.row_tiles) * Of::rows,
+                           ring + n % Ring * Of::rows * pieces, [&](int row) { return row < args.L; });
+    }
+  }
+
+  // Other copies go with those of the first tile.
+  template <typename Others>
+  __device__ __forceinline__ void start(Others&& others) const {
+    start_copy(0);
+    others();
+    copies_end();
+    for (int n = 1; n < Ring; ++n) {
+      start_copy(n);
+      copies_end();
     }
   }
 
@@ -462,7 +527,7 @@ struct Queries {
         copies_end();
       }
       float sums[32] = {}, total[2] = {0, 0}, top[2] = {masked, masked};
-#pragma unroll
+#pragma unroll 1
       for (int from = 0; from < M; from += part) {
         float s[part / 2];
         project<T>(s, ring + n % Ring * Of::rows * pieces, memory.omega + from * pieces);
@@ -471,14 +536,15 @@ struct Queries {
         add_exponents(s, args.scale, memory.exponents + from, top);
         top[0] = largest_of_four(top[0]);
         top[1] = largest_of_four(top[1]);
-        if (from > 0) {
+        if constexpr (part < M) {
           rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
         }
         add_values<T>(sums, total, s, top, memory.means + from * pieces);
       }
-      const int tile = first + n * step, t = threadIdx.x % 4;
-      const int row = tile % row_tiles * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-      T* y = args.out + ((static_cast<int64_t>(b) * args.H + h + tile / row_tiles) * args.L + row) * width + t * 8;
+      const int tile = first + n * step, head = tile / args.row_tiles, t = threadIdx.x % 4;
+      const int row = (tile - head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+      const int64_t row_of_all = (static_cast<int64_t>(b) * args.Hk * args.queries + h + head) * args.L + row;
+      T* y = args.out + row_of_all * width + t * 8;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float inverse = 1 / sum_of_four(total[i]);
@@ -505,36 +571,31 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) linear_atte
   constexpr int ring = Of == Pass::both ? 2 : 4;
   extern __shared__ __align__(1024) char bytes[];
   const Memory<M> memory(bytes);
-  const int item = blockIdx.x / args.share, rank = blockIdx.x % args.share;
-  const Queries<T, M, ring> queries(args, memory.pool + (Of == Pass::both ? Plan<M>::exchange : 0), item, rank);
-  fill_omega<T, M>(args, item % args.Hk, memory.omega);
+  uint4* rings = memory.pool + (Of == Pass::both ? Plan<M>::exchange : 0);
+  const Place place(args);
   if constexpr (Of == Pass::queries) {
-    const int64_t start = static_cast<int64_t>(item) * M;
-    for (int n = threadIdx.x; n < Plan<M>::features; n += Plan<M>::threads) {
-      copy_async<16>(memory.means + piece(n / pieces, n % pieces), args.means + start * width + n * 8, true);
-    }
-    for (int n = threadIdx.x; n < M; n += Plan<M>::threads) {
-      copy_async<4>(memory.exponents + n, args.exponents + start + n, true);
-    }
-    for (int n = 0; n < ring; ++n) {
-      queries.start_copy(n);
-      copies_end();
-    }
+    const int64_t first = (static_cast<int64_t>(place.b) * args.Hk + place.h) * M;
+    Queries<T, M, ring>(args, rings).start([&] {
+      fill_omega<T, M>(args, place.h, memory.omega);
+      for (int n = threadIdx.x; n < Plan<M>::features; n += Plan<M>::threads) {
+        copy_async<16>(memory.means + piece(n / pieces, n % pieces), args.means + first * width + n * 8, true);
+      }
+      for (int n = threadIdx.x; n < M; n += Plan<M>::threads) {
+        copy_async<4>(memory.exponents + n, args.exponents + first + n, true);
+      }
+    });
     copies_wait<ring - 1>();
     copies_visible();
     __syncthreads();
   } else {
     float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
-    sum_keys<T, M>(args, memory, item, rank, kv, z, c, [&] {
+    sum_keys<T, M>(args, memory, place, kv, z, c, [&] {
       if constexpr (Of == Pass::both) {
-        for (int n = 0; n < ring; ++n) {
-          queries.start_copy(n);
-          copies_end();
-        }
+        Queries<T, M, ring>(args, rings).start([] {});
       }
     });
     if constexpr (Of == Pass::both) {
-      exchange_sums<T, M>(args, memory, item, rank, kv, z, c);
+      exchange_sums<T, M>(args, memory, kv, z, c);
     } else {
       const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
@@ -553,7 +614,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) linear_atte
     }
   }
   if constexpr (Of != Pass::keys) {
-    queries.run(memory);
+    Queries<T, M, ring>(args, rings).run(memory);
   }
 #endif
 }
@@ -582,11 +643,11 @@ __global__ void __launch_bounds__(256) add_shares_kernel(const Args<T> args) {
       add(sum[p], x.x, x.y, factor);
     }
   }
-  float exponent;
-  const uint4 mean = finish<T, M>(args, item, row, u, sum, z, c, exponent);
-  reinterpret_cast<uint4*>(args.means)[i] = mean;
+  const int b = item / args.Hk, h = item % args.Hk;
+  store_state<T, M>(args, b, h, row, u, sum, z, c);
+  reinterpret_cast<uint4*>(args.means)[i] = mean_value<T>(sum, z);
   if (u == 0) {
-    args.exponents[i / pieces] = exponent;
+    args.exponents[i / pieces] = query_exponent(args, h, row, z, c);
   }
 }
 
@@ -598,10 +659,10 @@ struct Division {
 
 // By the time of the most loaded multiprocessor, in units of 64 x 64 weights for each of its warpgroups.
 template <int M>
-Division divide(int64_t heads, int64_t S, int64_t rows, int multiprocessors) {
+Division divide(int64_t heads, int64_t S, int64_t row_tiles, int multiprocessors) {
   using Of = Plan<M>;
   constexpr int64_t begin = 4, launches = 12;
-  const int64_t key_tiles = (S + Of::keys - 1) / Of::keys, row_tiles = (rows + Of::rows - 1) / Of::rows;
+  const int64_t key_tiles = (S + Of::keys - 1) / Of::keys;
   const auto work = [&](int64_t share) {
     return begin + ceil_div(key_tiles, share) * (Of::keys / 64) + ceil_div(row_tiles, share * Of::groups) * Of::groups;
   };
@@ -704,8 +765,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   if (B * Hk == 0) {
     return {out, new_kv, new_z, new_log_scale};
   }
-  int multiprocessors;
+  int multiprocessors, capability;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, q.get_device_index()));
+  STD_TORCH_CHECK(capability == 9, op, ": the CUDA kernel needs a GPU of compute capability 9; use backend='triton'");
   const cudaStream_t stream = current_stream(q);
   const auto run = [&](auto zero, auto features) {
     using T = decltype(zero);
@@ -726,12 +789,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
     args.scale = static_cast<float>(scale * log2e);
     args.norm = kind == positive ? static_cast<float>(-0.5 * log2e * scale * scale) : 0;
-    args.H = static_cast<int>(H);
     args.Hk = static_cast<int>(Hk);
     args.L = static_cast<int>(L);
     args.S = static_cast<int>(S);
+    args.queries = static_cast<int>(H / Hk);
+    args.row_tiles = ceil_div(L, Plan<F>::rows);
     args.heads = static_cast<int>(B * Hk);
-    const Division division = divide<F>(args.heads, S, H / Hk * ((L + 63) / 64 * 64), multiprocessors);
+    const Division division = divide<F>(args.heads, S, int64_t{args.queries} * args.row_tiles, multiprocessors);
     args.share = division.share;
     if (division.one) {
       launch<T, F, Pass::both>(args, args.share, stream);
