@@ -23,9 +23,8 @@ namespace fastrpe {
 namespace linear {
 namespace {
 
-constexpr int tile = 64;   // queries or keys that a block takes at a time
-constexpr int width = 64;  // D and V
-constexpr int threads = 128;
+constexpr int tile = 64;                // queries or keys that a block takes at a time
+constexpr int width = 64;               // D and V
 constexpr int slab = tile * width / 8;  // 16-byte pieces of a tile
 constexpr float log2e = 1.4426950408889634f;
 constexpr float none = -1e30f;  // the exponent of what takes no part
@@ -44,7 +43,7 @@ struct Rows {
 template <typename T>
 struct Args {
   Rows<T> x, y;       // q and dout, or k and v
-  const T* omega;     // (M, D) or (Hk, M, D)
+  const void* omega;  // (M, D) or (Hk, M, D), of T or float
   const float* bias;  // (M,) or (Hk, M), or null
   int64_t omega_h, bias_h;
   const float *kv, *z, *log_scale;  // (B, Hk, M, V) and (B, Hk, M)
@@ -56,15 +55,23 @@ struct Args {
   int blocks, share;  // of a head, and the tiles that a block takes
   int count;
   float scale, norm;  // norm is 1 where exponents have -|x|^2 / 2, else 0
+  bool wide_omega;
 };
 
 template <int M>
 struct Layout {
+  static constexpr int features = M > 128 ? 128 : M;  // of a warpgroup's products
+  static constexpr int groups = M / features;         // warpgroups that share a tile of queries
+  static constexpr int query_threads = 128 * groups, key_threads = 128;
   static constexpr int matrix = M * width / 8;  // pieces of (M, 64) 16-bit values
   static constexpr int query_stages = 3, key_stages = 2;
-  static constexpr int query_blocks = M > 64 ? 2 : 3, key_blocks = M > 64 ? 3 : 4;  // of a multiprocessor
-  static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * M + 2 * 2 * tile;
-  static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 2 * 4 * M + 16;
+  static constexpr int query_blocks = M > 128  ? 1
+                                      : M > 64 ? 2
+                                               : 3,
+                       key_blocks = M > 128 ? 2 : 3;                                 // of a multiprocessor
+  static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;  // numbers between warpgroups
+  static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
+  static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
 };
 
 // Where the 16 bytes number u of a row lie, as the tensor cores read them.
@@ -73,24 +80,41 @@ __device__ __forceinline__ int piece(int row, int u) {
 }
 
 // Starts to copy a tile of which `count` rows are there, those that the mask leaves out as zeros.
-template <typename T>
+template <int Threads, typename T>
 __device__ __forceinline__ void fetch(const T* from, int64_t step, int count, uint4* to, const bool* mask = nullptr) {
   const int u = threadIdx.x % 8, i = threadIdx.x / 8;
   const T* source = from + i * step + u * 8;
 #pragma unroll
-  for (int n = 0; n < tile; n += threads / 8) {
+  for (int n = 0; n < tile; n += Threads / 8) {
     const bool inside = n + i < count && (mask == nullptr || mask[n + i]);
     copy_async<16>(to + piece(n + i, u), inside ? source : from, inside);
-    source += threads / 8 * step;
+    source += Threads / 8 * step;
   }
 }
 
-// Copies 16 rows of a warp's from shared memory, rows [first, first + 16) of the tile of which `count` are there.
-template <typename T>
-__device__ __forceinline__ void store_rows(const uint4* from, int first, int count, T* to) {
+template <int M, int Threads, typename T>
+__device__ __forceinline__ void fill_omega(const Args<T>& args, int i_k, uint4* to) {
+  const int64_t start = i_k * args.omega_h;
 #pragma unroll
-  for (int n = 0; n < 16; n += 4) {
-    const int row = first + n + threadIdx.x % 32 / 8, u = threadIdx.x % 8;
+  for (int n = threadIdx.x; n < M * 8; n += Threads) {
+    if (args.wide_omega) {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
+      const float4 x = from[0], y = from[1];
+      to[piece(n / 8, n % 8)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
+    } else {
+      copy_async<16>(to + piece(n / 8, n % 8), static_cast<const T*>(args.omega) + start + n * 8, true);
+    }
+  }
+}
+
+// Copies pieces [u, u + Pieces) of a warp's 16 rows from `first` on to memory, as far as the tile's `count` rows are
+// there.
+template <int Pieces, typename T>
+__device__ __forceinline__ void store_rows(const uint4* from, int first, int u, int count, T* to) {
+  u += threadIdx.x % Pieces;
+#pragma unroll
+  for (int n = 0; n < 16; n += 32 / Pieces) {
+    const int row = first + n + threadIdx.x % 32 / Pieces;
     if (row < count) {
       *reinterpret_cast<uint4*>(to + row * width + u * 8) = from[piece(row, u)];
     }
@@ -178,10 +202,12 @@ struct Place {
 // Queries -------------------------------------------------------------------------------------------------------------
 
 template <typename T, int M>
-__global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradient_kernel(const Args<T> args) {
+__global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blocks)
+    query_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Layout<M>;
   constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr int F = Of::features;
   extern __shared__ __align__(1024) uint4 memory[];
   uint4* omega = memory;                // rows of features
   uint4* means = omega + Of::matrix;    // U, rows of features
@@ -189,9 +215,13 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
   uint4* stages = weights + Of::matrix;
   float* exponents = reinterpret_cast<float*>(stages + Of::query_stages * 2 * slab);
   T* deltas = reinterpret_cast<T*>(exponents + M);  // delta as the sum of two numbers of 16 bits, (2, tile)
+  float2* row_sums = reinterpret_cast<float2*>(deltas + 2 * tile);                // (groups, tile)
+  float* half_products = reinterpret_cast<float*>(row_sums + Of::groups * tile);  // (groups, 16, 128)
 
   const Place at(args);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  // A warpgroup has all rows of a tile, and of the features those from `base` on.
+  const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
   const int i_k = at.i_h / args.groups;
   const T *q = args.x.at(at.i_b, at.i_h), *dout = args.y.at(at.i_b, at.i_h);
   int ahead = at.begin, next_stage = 0, stage = 0;
@@ -200,24 +230,21 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
       const int64_t first = static_cast<int64_t>(ahead) * tile;
       const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
       uint4* to = stages + next_stage * 2 * slab;
-      fetch(q + first * args.x.l, args.x.l, count, to);
-      fetch(dout + first * args.y.l, args.y.l, count, to + slab);
+      fetch<Of::query_threads>(q + first * args.x.l, args.x.l, count, to);
+      fetch<Of::query_threads>(dout + first * args.y.l, args.y.l, count, to + slab);
       ++ahead;
       next_stage = next_stage + 1 == Of::query_stages ? 0 : next_stage + 1;
     }
     copies_end();
   };
-#pragma unroll
-  for (int s = 0; s < M / tile; ++s) {
-    fetch(args.omega + i_k * args.omega_h + s * tile * width, width, tile, omega + s * slab);
-  }
+  fill_omega<M, Of::query_threads>(args, i_k, omega);
 #pragma unroll
   for (int i = 1; i < Of::query_stages; ++i) {
     start_next();
   }
   const int64_t state = (at.i_b * (args.heads / args.groups) + i_k) * M;
 #pragma unroll
-  for (int n = 0; n < Of::matrix; n += threads) {
+  for (int n = 0; n < Of::matrix; n += Of::query_threads) {
     const int f = (n + threadIdx.x) / 8, u = threadIdx.x % 8;
     const float z = args.z[state + f], factor = z > 0.0f ? 1.0f / z : 0.0f;
     const float4* kv = reinterpret_cast<const float4*>(args.kv + (state + f) * width + u * 8);
@@ -234,24 +261,24 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
   const float exponent = args.scale * log2e;
   // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
   const int named = warp * 16 + lane % 16, half = lane / 16;
-  float dmeans[M / 2] = {};  // dU^T, 64 x M
-  float dy[M / 64][4] = {};  // columns 0 and 1 add to y of features [warp M / 4, (warp + 1) M / 4)
+  float dmeans[F / 2] = {};  // dU^T, 64 x F
+  float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
     stage = stage + 1 == Of::query_stages ? 0 : stage + 1;
     copies_wait<Of::query_stages - 2>();
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
-    float w[M / 2], ds[M / 2];
+    float w[F / 2], ds[F / 2];
     products_begin();
 #pragma unroll
     for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(w, operand(tile_q + s * 2), operand(omega + s * 2), s > 0);
+      multiply<T>(w, operand(tile_q + s * 2), operand(omega + base * 8 + s * 2), s > 0);
     }
     products_end();
 #pragma unroll
     for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(ds, operand(tile_dout + s * 2), operand(means + s * 2), s > 0);
+      multiply<T>(ds, operand(tile_dout + s * 2), operand(means + base * 8 + s * 2), s > 0);
     }
     products_end();
     start_next();
@@ -259,8 +286,8 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
 
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
 #pragma unroll
-    for (int j = 0; j < M / 8; ++j) {
-      const float2 c = reinterpret_cast<const float2*>(exponents)[4 * j + t];
+    for (int j = 0; j < F / 8; ++j) {
+      const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
@@ -271,36 +298,57 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
     top[0] = max_row(top[0]);
     top[1] = max_row(top[1]);
 #pragma unroll
-    for (int i = 0; i < M / 2; ++i) {
+    for (int i = 0; i < F / 2; ++i) {
       w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
       total[i / 2 % 2] += w[i];
     }
-    total[0] = __frcp_rn(sum_row(total[0]));
-    total[1] = __frcp_rn(sum_row(total[1]));
+    float inverse[2];  // of the sum of a row
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
+    for (int r = 0; r < 2; ++r) {
+      total[r] = sum_row(total[r]);
+      if (Of::groups > 1 && t == 0) {
+        row_sums[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r]};
+      }
+    }
+    if constexpr (Of::groups > 1) {
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float factor = 1.0f;
+      if constexpr (Of::groups > 1) {
+        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+        const float all = fmaxf(top[r], other.x);
+        factor = exp2_approximate(top[r] - all);
+        total[r] = total[r] * factor + other.y * exp2_approximate(other.x - all);
+      }
+      inverse[r] = factor / total[r];
+    }
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
       uint32_t x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        w[8 * s + 2 * i] *= total[i % 2];
-        w[8 * s + 2 * i + 1] *= total[i % 2];
+        w[8 * s + 2 * i] *= inverse[i % 2];
+        w[8 * s + 2 * i + 1] *= inverse[i % 2];
         x[i] = pack<T>(w[8 * s + 2 * i], w[8 * s + 2 * i + 1]);
       }
-      store_matrices(weights + s / 4 * slab + piece(named, s % 4 * 2 + half), x);
+      store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
     }
     copies_visible();
     __syncthreads();  // all weights are there
     products_begin();
 #pragma unroll
     for (int s = 0; s < tile / 16; ++s) {
-      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128), operand(weights + s * 128, 16 * slab), true);
+      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
+                               operand(weights + base / 64 * slab + s * 128, 16 * slab), true);
     }
     products_end();
     products_wait<1>(ds);
 
     float delta[2] = {}, size[2] = {1.0f, 1.0f};
 #pragma unroll
-    for (int i = 0; i < M / 2; ++i) {
+    for (int i = 0; i < F / 2; ++i) {
       delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
     }
     delta[0] = sum_row(delta[0]);
@@ -308,14 +356,26 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
     if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
       size[0] = size[1] = 1e-30f;
 #pragma unroll
-      for (int i = 0; i < M / 2; ++i) {
+      for (int i = 0; i < F / 2; ++i) {
         size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
       }
       size[0] = max_row(size[0]);
       size[1] = max_row(size[1]);
     }
-    const float inverse[2] = {1.0f / size[0], 1.0f / size[1]};
-    if (t == 0) {
+    if constexpr (Of::groups > 1) {
+      if (t == 0) {
+        row_sums[group * tile + warp * 16 + g] = {delta[0], size[0]};
+        row_sums[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
+      }
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+        delta[r] += other.x;
+        size[r] = fmaxf(size[r], other.y);
+      }
+    }
+    if (group == 0 && t == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const T high = static_cast<T>(delta[r]);
@@ -323,9 +383,10 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
         deltas[tile + warp * 16 + g + 8 * r] = static_cast<T>(delta[r] - static_cast<float>(high));
       }
     }
-    uint32_t fragments[M / 16][4];
+    const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]};
+    uint32_t fragments[F / 16][4];
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
+    for (int s = 0; s < F / 16; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float x[2];
@@ -333,7 +394,7 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
         for (int e = 0; e < 2; ++e) {
           x[e] = w[8 * s + 2 * i + e] * (ds[8 * s + 2 * i + e] - delta[i % 2]);
           if constexpr (is_half) {
-            x[e] *= inverse[i % 2];
+            x[e] *= row_scale[i % 2];
           }
         }
         fragments[s][i] = pack<T>(x[0], x[1]);
@@ -342,8 +403,8 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
     float dq[32];
     products_begin();
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
-      multiply<T, Inner::b>(dq, fragments[s], operand(omega + s * 128), s > 0);
+    for (int s = 0; s < F / 16; ++s) {
+      multiply<T, Inner::b>(dq, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
     }
     products_end();
     __syncthreads();  // all deltas are there
@@ -353,8 +414,8 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
       const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
       const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
 #pragma unroll
-      for (int n = 0; n < M / 64; ++n) {
-        const int f = warp * (M / 4) + n * 16;
+      for (int n = 0; n < F / 64; ++n) {
+        const int f = base + warp * (F / 4) + n * 16;
         uint32_t a[4];
         load_matrices<true>(a,
                             weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
@@ -364,40 +425,60 @@ __global__ void __launch_bounds__(threads, Layout<M>::query_blocks) query_gradie
     products_wait(dq);
     products_wait(dmeans);
     const float factor[2] = {args.scale * size[0], args.scale * size[1]};
+    const int64_t first = static_cast<int64_t>(i_tile) * tile;
+    const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+    T* to = args.dx + (at.head * args.length + first) * width;
+    // Of two warpgroups with half a sum each, either finishes 32 columns.
+    constexpr int columns = width / Of::groups;
+    float y[columns / 2];
+    if constexpr (Of::groups > 1) {
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
+      for (int i = 0; i < 16; ++i) {
+        half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < columns / 2; ++i) {
+      if constexpr (Of::groups > 1) {
+        y[i] = (group == 0 ? dq[i] : dq[16 + i]) + half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
+      } else {
+        y[i] = dq[i];
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < columns / 16; ++s) {
       uint32_t x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = pack<T>(dq[8 * s + 2 * i] * factor[i % 2], dq[8 * s + 2 * i + 1] * factor[i % 2]);
+        x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
       }
-      store_matrices(tile_q + piece(named, s * 2 + half), x);
+      store_matrices(tile_q + piece(named, group * 4 + s * 2 + half), x);
     }
     __syncwarp();
-    const int64_t first = static_cast<int64_t>(i_tile) * tile;
-    store_rows(tile_q, warp * 16, static_cast<int>(min(static_cast<int64_t>(tile), args.length - first)),
-               args.dx + (at.head * args.length + first) * width);
+    store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
   }
 
   float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
 #pragma unroll
-  for (int i = 0; i < M / 2; ++i) {
-    part[(i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
+  for (int i = 0; i < F / 2; ++i) {
+    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
   }
   if (t == 0) {
 #pragma unroll
-    for (int n = 0; n < M / 64; ++n) {
-      part[M * width + warp * (M / 4) + n * 16 + g] = dy[n][0] + dy[n][1];
-      part[M * width + warp * (M / 4) + n * 16 + g + 8] = dy[n][2] + dy[n][3];
+    for (int n = 0; n < F / 64; ++n) {
+      const int f = base + warp * (F / 4) + n * 16 + g;
+      part[M * width + f] = dy[n][0] + dy[n][1];
+      part[M * width + f + 8] = dy[n][2] + dy[n][3];
     }
   }
 #endif
 }
 
 // Adds the slots of every key head, (heads, count, size) in units of 16 bytes.
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(128)
     add_parts_kernel(const float4* parts, float4* sums, int64_t heads, int count, int size) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (i >= heads * size) {
     return;
   }
@@ -414,9 +495,11 @@ __global__ void __launch_bounds__(threads)
 // Keys ----------------------------------------------------------------------------------------------------------------
 
 template <typename T, int M>
-__global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_kernel(const Args<T> args) {
+__global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
+    key_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Layout<M>;
+  constexpr int F = Of::features, threads = Of::key_threads;
   constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
   extern __shared__ __align__(1024) uint4 memory[];
@@ -438,17 +521,14 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
       const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
       const bool* tile_mask = mask == nullptr ? nullptr : mask + first;
       uint4* to = stages + next_stage * 2 * slab;
-      fetch(k + first * args.x.l, args.x.l, count, to, tile_mask);
-      fetch(v + first * args.y.l, args.y.l, count, to + slab, tile_mask);
+      fetch<threads>(k + first * args.x.l, args.x.l, count, to, tile_mask);
+      fetch<threads>(v + first * args.y.l, args.y.l, count, to + slab, tile_mask);
       ++ahead;
       next_stage = next_stage + 1 == Of::key_stages ? 0 : next_stage + 1;
     }
     copies_end();
   };
-#pragma unroll
-  for (int s = 0; s < M / tile; ++s) {
-    fetch(args.omega + at.i_h * args.omega_h + s * tile * width, width, tile, omega + s * slab);
-  }
+  fill_omega<M, threads>(args, at.i_h, omega);
 #pragma unroll
   for (int i = 1; i < Of::key_stages; ++i) {
     start_next();
@@ -456,7 +536,8 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
   float back = 1.0f;  // what undoes the scaling of float16
   {
     const float* part = args.parts + at.head * args.count * (M * (width + 1));
-    float sums[M / 16][8] = {}, y = 0.0f;
+    constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
+    float sums[M / 16][8] = {}, y[own] = {};
     for (int n = 0; n < args.count; ++n, part += M * (width + 1)) {
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
@@ -467,11 +548,18 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
           sums[i][e] += x[e];
         }
       }
-      y += threadIdx.x < M ? part[M * width + threadIdx.x] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        y[i] += threadIdx.x < M ? part[M * width + i * threads + threadIdx.x] : 0.0f;
+      }
     }
     float factor = 1.0f;
     if constexpr (is_half) {
-      float top = fmaxf(fabsf(y) / 16, 1e-30f);
+      float top = 1e-30f;
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        top = fmaxf(top, fabsf(y[i]) / 16);
+      }
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
 #pragma unroll
@@ -500,11 +588,15 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
       }
       dmeans[piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8)] = {x[0], x[1], x[2], x[3]};
     }
-    if (threadIdx.x < M) {
-      dy[threadIdx.x] = y * factor;
-      const float z = args.z[at.head * M + threadIdx.x], c = args.log_scale[at.head * M + threadIdx.x];
-      const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + threadIdx.x];
-      exponents[threadIdx.x] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+#pragma unroll
+    for (int i = 0; i < own; ++i) {
+      const int f = i * threads + threadIdx.x;
+      if (f < M) {
+        dy[f] = y[i] * factor;
+        const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
+        const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
+        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+      }
     }
   }
 
@@ -518,18 +610,21 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
     copies_wait<Of::key_stages - 2>();
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
-    float p[M / 2], ds[M / 2];
-    products_begin();
+    float p[F / 2], ds[F / 2];
+    const auto project = [&](int base) {
+      products_begin();
 #pragma unroll
-    for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(p, operand(tile_k + s * 2), operand(omega + s * 2), s > 0);
-    }
-    products_end();
+      for (int s = 0; s < width / 16; ++s) {
+        multiply<T>(p, operand(tile_k + s * 2), operand(omega + base * 8 + s * 2), s > 0);
+      }
+      products_end();
 #pragma unroll
-    for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(ds, operand(tile_v + s * 2), operand(dmeans + s * 2), s > 0);
-    }
-    products_end();
+      for (int s = 0; s < width / 16; ++s) {
+        multiply<T>(ds, operand(tile_v + s * 2), operand(dmeans + base * 8 + s * 2), s > 0);
+      }
+      products_end();
+    };
+    project(0);
     start_next();
     float norm[2];
 #pragma unroll
@@ -550,45 +645,50 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
         norm[r] = -none;
       }
     }
-    products_wait<1>(p);
-
-    uint32_t a[M / 16][4];
+    float dk[32], dv[32], sums[2] = {};
+    uint32_t a[F / 16][4], fragments[F / 16][4];
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 c = reinterpret_cast<const float2*>(exponents)[8 * s + i / 2 * 4 + t];
-        a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
-                          exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
+    for (int base = 0; base < M; base += F) {
+      if (base > 0) {
+        products_wait(dk);
+        products_wait(dv);
+        project(base);
       }
-    }
-    float dv[32];
-    products_begin();
+      products_wait<1>(p);
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
-      multiply<T, Inner::b>(dv, a[s], operand(dmeans + s * 128), s > 0);
-    }
-    products_end();
-    products_wait<1>(ds);
-    float sums[2] = {};
-    uint32_t fragments[M / 16][4];
+      for (int s = 0; s < F / 16; ++s) {
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 y = reinterpret_cast<const float2*>(dy)[8 * s + i / 2 * 4 + t], weight = unpack<T>(a[s][i]);
-        const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
-        sums[i % 2] += x0 + x1;
-        fragments[s][i] = pack<T>(x0, x1);
+        for (int i = 0; i < 4; ++i) {
+          const float2 c = reinterpret_cast<const float2*>(exponents + base)[8 * s + i / 2 * 4 + t];
+          a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
+                            exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
+        }
       }
-    }
-    float dk[32];
-    products_begin();
+      products_begin();
 #pragma unroll
-    for (int s = 0; s < M / 16; ++s) {
-      multiply<T, Inner::b>(dk, fragments[s], operand(omega + s * 128), s > 0);
+      for (int s = 0; s < F / 16; ++s) {
+        multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
+      }
+      products_end();
+      products_wait<1>(ds);
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 y = reinterpret_cast<const float2*>(dy + base)[8 * s + i / 2 * 4 + t];
+          const float2 weight = unpack<T>(a[s][i]);
+          const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
+          sums[i % 2] += x0 + x1;
+          fragments[s][i] = pack<T>(x0, x1);
+        }
+      }
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+        multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
+      }
+      products_end();
     }
-    products_end();
     __syncthreads();  // no product reads this stage any more
     products_wait<1>(dv);
 #pragma unroll
@@ -596,12 +696,13 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
       uint32_t x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back);
+        x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
+                       : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
       }
       store_matrices(tile_v + piece(named, s * 2 + half), x);
     }
     __syncwarp();
-    store_rows(tile_v, warp * 16, count, args.dy + (at.head * args.length + first) * width);
+    store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
     products_wait(dk);
     const float factor = args.scale * back;
     sums[0] = sum_row(sums[0]) * (square * back);
@@ -620,7 +721,7 @@ __global__ void __launch_bounds__(threads, Layout<M>::key_blocks) key_gradient_k
       store_matrices(tile_k + piece(named, s * 2 + half), x);
     }
     __syncwarp();
-    store_rows(tile_k, warp * 16, count, args.dx + (at.head * args.length + first) * width);
+    store_rows<8>(tile_k, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
   }
 #endif
 }
@@ -680,7 +781,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
                       !kv && !z && !log_scale && !dkv && !dz,
                   op, ": on a GPU attention must be bidirectional and normalised, by positive features or exp");
   STD_TORCH_CHECK(!need_omega, op, ": on a GPU omega must not require grad");
-  for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}, {"omega", &*omega}}) {
+  for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}}) {
     check_like(op, argument, *x, dtype, q);
   }
   STD_TORCH_CHECK(q.size(3) == width && k.size(3) == width && v.size(3) == width && dout.size(3) == width, op,
@@ -690,10 +791,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
                       dout.size(1) == H && dout.size(2) == L,
                   op, ": shapes of q, k, v and dout must agree");
   const int64_t dims = omega->dim(), M = dims >= 2 ? omega->size(dims - 2) : 0;
-  STD_TORCH_CHECK((dims == 2 || (dims == 3 && omega->size(0) == Hk)) && (M == 64 || M == 128) &&
+  const bool wide_omega = omega->scalar_type() == ScalarType::Float;
+  check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
+  STD_TORCH_CHECK((dims == 2 || (dims == 3 && omega->size(0) == Hk)) && (M == 64 || M == 128 || M == 256) &&
                       omega->size(dims - 1) == width && omega->is_contiguous() &&
                       reinterpret_cast<uintptr_t>(omega->const_data_ptr()) % 16 == 0,
-                  op, ": omega must be contiguous, aligned to 16 bytes, and of 64 or 128 features of D");
+                  op, ": omega must be contiguous, aligned to 16 bytes, and of 64, 128 or 256 features of D");
   const auto check_floats = [&](const char* argument, const Tensor& x, int64_t count) {
     check_like(op, argument, x, ScalarType::Float, q);
     STD_TORCH_CHECK(x.is_contiguous() && x.numel() == count, op, ": ", argument, " must be contiguous, of ", count,
@@ -731,7 +834,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       return y;
     };
     Args<T> args{};
-    args.omega = static_cast<const T*>(omega->const_data_ptr());
+    args.omega = omega->const_data_ptr();
+    args.wide_omega = wide_omega;
     args.omega_h = dims == 3 ? M * width : 0;
     args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
     args.bias_h = dims == 3 ? M : 0;
@@ -741,7 +845,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     args.groups = Hk > 0 ? static_cast<int>(H / Hk) : 1;
     args.scale = static_cast<float>(scale);
     args.norm = kind == positive ? 1.0f : 0.0f;
-    const auto launch = [&](auto kernel, size_t bytes, int64_t heads) {
+    const auto launch = [&](auto kernel, int threads, size_t bytes, int64_t heads) {
       const int64_t blocks = heads * args.blocks;
       STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B and H must be smaller");
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -763,10 +867,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.dx = static_cast<T*>(dq.mutable_data_ptr());
       args.length = L;
       args.heads = static_cast<int>(H);
-      launch(query_gradient_kernel<T, M>, Layout<M>::query_bytes, B * H);
+      launch(query_gradient_kernel<T, M>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
       if (more > 0) {
         float* sums = args.parts + slots * size;
-        add_parts_kernel<<<ceil_div(more * (size / 4), threads), threads, 0, stream>>>(
+        add_parts_kernel<<<ceil_div(more * (size / 4), 128), 128, 0, stream>>>(
             reinterpret_cast<const float4*>(args.parts), reinterpret_cast<float4*>(sums), more, static_cast<int>(count),
             size / 4);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -786,11 +890,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.length = S;
       args.heads = static_cast<int>(Hk);
       args.count = static_cast<int>(count);
-      launch(key_gradient_kernel<T, M>, Layout<M>::key_bytes, B * Hk);
+      launch(key_gradient_kernel<T, M>, Layout<M>::key_threads, Layout<M>::key_bytes, B * Hk);
     }
   };
   const auto with_features = [&](auto zero) {
-    M == 64 ? run(zero, std::integral_constant<int, 64>{}) : run(zero, std::integral_constant<int, 128>{});
+    switch (M) {
+      case 64:
+        return run(zero, std::integral_constant<int, 64>{});
+      case 128:
+        return run(zero, std::integral_constant<int, 128>{});
+      default:
+        return run(zero, std::integral_constant<int, 256>{});
+    }
   };
   dtype == ScalarType::BFloat16 ? with_features(BFloat16{}) : with_features(Half{});
   return {dq, dk, dv, empty, empty, empty, empty};
