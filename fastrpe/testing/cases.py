@@ -189,7 +189,8 @@ def features_case(
         arguments: Arguments = dict(x=x, omega=None, kind=kind, **options)
         if M is not None:
             shape = (H, M, D) if per_head else (M, D)
-            arguments["omega"] = torch.randn(shape, generator=draw, **wide)
+            omega = torch.randn(shape, generator=draw, **wide)
+            arguments["omega"] = omega.to(dtype).to(omega.dtype)  # as it is read
         if a is not None:
             arguments["a"] = torch.full((), a, **wide)
         return arguments
@@ -231,7 +232,8 @@ def linear_case(
         if kind == "features":  # positive: weights that sum to nearly 0 make every error large
             arguments |= {n: arguments[n].abs() for n in ("q", "k")}
         elif M is not None:
-            arguments["omega"] = torch.randn((Hk, M, D) if per_head else (M, D), generator=draw, **wide)
+            omega = torch.randn((Hk, M, D) if per_head else (M, D), generator=draw, **wide)
+            arguments["omega"] = omega.to(dtype).to(omega.dtype)  # as it is read
         if a is not None:
             arguments["a"] = torch.full((), a, **wide)
         if masked:

@@ -39,6 +39,7 @@ def random_features(
     Args:
         x: queries or keys, ``(B, H, L, D)``, any strides; float16, bfloat16, float32 or float64.
         omega: projection W, ``(M, D)`` or one for each head, ``(H, M, D)``; None for relu, exp and elu of x itself.
+            It is rounded to the dtype of x, as autocast rounds a weight.
         kind: one of the rows above.
         scale: multiplies x; by default ``D ** -0.25`` for the kinds that estimate exp(q.k) (positive, hyperbolic,
             trigonometric, oprf), as attention's ``1 / sqrt(D)`` shared by queries and keys, and 1 for the others.

@@ -36,7 +36,7 @@ def _random_features(
     stabilizer: str | None,
     backend: str,
 ) -> Tensor:
-    omega, a = _wide(x, omega), _wide(x, a)
+    omega, a = _projection(x, omega), _wide(x, a)
     scale = reference.default_scale(kind, x.shape[-1]) if scale is None else scale
     if backend == "reference":
         return reference.random_features(x, omega, kind, scale, eps, a, stabilizer).contiguous()
@@ -71,7 +71,7 @@ def _random_features_bwd(
     bits, which a sum over rows would show. Kernels give dx and, where needed, the sums over rows of dp (scale x)^T and
     of dp, with p what the nonlinearity is taken of.
     """
-    W, A = _wide(x, omega), _wide(x, a)
+    W, A = _projection(x, omega), _wide(x, a)
     scale = reference.default_scale(kind, x.shape[-1]) if scale is None else scale
     need = need_omega or need_a
     if y is None:
@@ -125,6 +125,11 @@ def _fwht(
 
         y = triton_impl.fwht(rows, scale)
     return y.view(x.shape)
+
+
+def _projection(x: Tensor, omega: Tensor | None) -> Tensor | None:
+    """Rounded to the dtype of x, as tensor cores read it."""
+    return None if omega is None else _wide(x, omega.to(x.dtype))
 
 
 def _wide(x: Tensor, other: Tensor | None) -> Tensor | None:

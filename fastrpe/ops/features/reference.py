@@ -79,9 +79,15 @@ def project(
     kind: str,
     scale: float | None = None,
 ) -> Tensor:
-    """W x of the scaled x, (B, H, L, M), in float32 or wider."""
-    x = _scaled(x, kind, scale)
-    return x if omega is None else x @ omega.to(x.dtype).mT
+    """W x of the scaled x, (B, H, L, M), in float32 or wider, with W rounded to the dtype of x."""
+    z = _scaled(x, kind, scale)
+    return z if omega is None else z @ rounded(omega, x.dtype).to(z.dtype).mT
+
+
+def rounded(omega: Tensor, dtype: torch.dtype) -> Tensor:
+    """A projection as tensor cores read it, in its own dtype; the gradient passes as it is."""
+    near = omega.detach().to(dtype).to(omega.dtype)
+    return omega + (near - omega.detach())
 
 
 def half_norm(

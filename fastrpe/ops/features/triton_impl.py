@@ -17,24 +17,27 @@ PARTS = 512  # programs that keep sums over rows of their own
 
 @triton.jit
 def _dot(a, b, DOT: tl.constexpr):
-    """a b in full float32 (or wider): tensor cores round float32 to ten bits."""
-    if DOT:
-        return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
-    return tl.sum(a[:, :, None] * b[None, :, :], 1)
+    """a b in full float32 (or wider): tensor cores round float32 to ten bits, unless it is split in three."""
+    if DOT == "":
+        return tl.sum(a[:, :, None] * b[None, :, :], 1)
+    return tl.dot(a, b, input_precision=DOT, out_dtype=a.dtype)
 
 
 @triton.jit
 def _exponents(
     b_x, b_norm, p_omega, a, o_m, o_d,
     SCALE: tl.constexpr, M: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, HAS_OMEGA: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """What the nonlinearity is taken of, (BL, BM); |x|^2 / 2 is subtracted for OPRF and positive features."""
     acc = b_x.dtype
     if HAS_OMEGA:
         m_w = (o_m < M)[:, None] & (o_d < D)[None, :]
         b_w = tl.load(p_omega + o_m[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
-        b_p = _dot(b_x, tl.trans(b_w), DOT) * SCALE
+        if TYPE is None:
+            b_p = _dot(b_x, tl.trans(b_w), DOT) * SCALE
+        else:  # of 16 bits both, as they came: the product is exact
+            b_p = tl.dot(b_x.to(TYPE), tl.trans(b_w).to(TYPE)) * SCALE
         if KIND == "oprf":
             b_a = tl.load(a)
             b_p = b_a * tl.sum(b_w * b_w, 1)[None, :] + tl.sqrt(1.0 - 4.0 * b_a) * b_p
@@ -66,7 +69,8 @@ def _features_kernel(
     x_b, x_h, x_l, x_d,
     SCALE: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr, BM: tl.constexpr, KIND: tl.constexpr,
-    STABILIZER: tl.constexpr, FIND: tl.constexpr, HAS_OMEGA: tl.constexpr, DOT: tl.constexpr, acc: tl.constexpr,
+    STABILIZER: tl.constexpr, FIND: tl.constexpr, HAS_OMEGA: tl.constexpr, DOT: tl.constexpr, TYPE: tl.constexpr,
+    acc: tl.constexpr,
 ):  # fmt: skip
     """Features of BL rows of a head; with FIND, the largest exponent of each row instead, into most (B, H, L)."""
     blocks = tl.cdiv(L, BL)
@@ -88,7 +92,7 @@ def _features_kernel(
         b_most = tl.full((BL,), float("-inf"), acc)
         for start in range(0, M, BM):
             o_m = start + tl.arange(0, BM)
-            b_p = _exponents(b_x, b_norm, p_omega, a, o_m, o_d, SCALE, M, D, KIND, HAS_OMEGA, DOT)
+            b_p = _exponents(b_x, b_norm, p_omega, a, o_m, o_d, SCALE, M, D, KIND, HAS_OMEGA, DOT, TYPE)
             b_most = tl.maximum(b_most, _largest(b_p, b_norm, o_m, M, KIND))
         if FIND:
             tl.store(most + i_bh * L + o_l, b_most, mask=m_l)
@@ -98,7 +102,7 @@ def _features_kernel(
         b_factor = tl.load(factor) if KIND == "oprf" else tl.full((), FACTOR, acc)
         for start in range(0, M, BM):
             o_m = start + tl.arange(0, BM)
-            b_p = _exponents(b_x, b_norm, p_omega, a, o_m, o_d, SCALE, M, D, KIND, HAS_OMEGA, DOT)
+            b_p = _exponents(b_x, b_norm, p_omega, a, o_m, o_d, SCALE, M, D, KIND, HAS_OMEGA, DOT, TYPE)
             p_y = y + (i_bh * L + o_l)[:, None] * F + o_m[None, :]
             m_y = m_l[:, None] & (o_m < M)[None, :]
             if KIND == "trigonometric":
@@ -265,7 +269,7 @@ def random_features(
                 x, x if omega is None else omega, x if a is None else a, factor[0], most, y,
                 H, L, y.shape[-1], _head_step(omega), *x.stride(), scale, eps, factor[1],
                 sizes["M"], D, sizes["BD"], BL, sizes["BM"], kind, None if find else stabilizer, find,
-                omega is not None, sizes["DOT"], ACC[_acc(x)], num_stages=STAGES,
+                omega is not None, sizes["DOT"], TYPES.get(x.dtype), ACC[_acc(x)], num_stages=STAGES,
             )  # fmt: skip
         if find:
             most = most.amax(-1)
@@ -329,6 +333,8 @@ def fwht(
 
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+# NumPy, which the interpreter runs on, has no bfloat16.
+TYPES = {torch.float16: tl.float16} | ({} if INTERPRETED else {torch.bfloat16: tl.bfloat16})
 
 
 def _acc(x: Tensor) -> torch.dtype:
@@ -342,9 +348,10 @@ def _sizes(x: Tensor, omega: Tensor | None) -> dict[str, Any]:
     M = D if omega is None else omega.shape[-2]
     # Without a projection the features are the coordinates, in one tile.
     BM = BD if omega is None else min(64, max(16, triton.next_power_of_2(M)))
-    dot = x.dtype != torch.float64
     BL = 64 if BD <= 64 else 32 if BD <= 128 else 16
-    return dict(M=M, BD=BD, BM=BM, BL=BL if dot else 1, DOT=dot)
+    if x.dtype == torch.float64:
+        return dict(M=M, BD=BD, BM=BM, BL=1, DOT="")
+    return dict(M=M, BD=BD, BM=BM, BL=BL, DOT="ieee" if x.dtype == torch.float32 else "tf32x3")
 
 
 def _factor(x: Tensor, omega: Tensor | None, kind: str, a: Tensor | None) -> tuple[Tensor, float]:

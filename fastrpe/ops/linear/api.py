@@ -70,7 +70,7 @@ def linear_attention(
         k: keys, ``(B, Hk, S, D)`` of the same dtype, ``H`` a multiple of ``Hk`` (grouped queries); causal: S = L.
         v: values, ``(B, Hk, S, V)``, of the same dtype.
         omega: projection, ``(M, D)``, or ``(Hk, M, D)`` for each key head and its group of query heads; None for relu,
-            exp and elu of q and k themselves.
+            exp and elu of q and k themselves. It is rounded to the dtype of q, as autocast rounds a weight.
         kind: positive, hyperbolic, trigonometric, oprf, relu, exp or elu, as in `random_features`; or ``"features"``:
             q and k are features already.
         causal: each query sees the keys up to its own.

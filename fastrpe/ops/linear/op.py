@@ -42,17 +42,19 @@ def _kernel(name: str, backend: str) -> Callable[..., Any]:
 
 
 def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
-    """What kernels take: projection and a bias of the exponents in the dtype of the arithmetic, and their kind.
+    """What kernels take: a projection, rounded to q's dtype, a bias of the exponents in that of the arithmetic, and
+    their kind.
 
     OPRF's exponents are those of positive features with omega times sqrt(1 - 4 a) and the bias a |w|^2.
     """
     if omega is None:
         return None, None, kind
-    wide = omega.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
-    if kind != "oprf" or a is None:
-        return wide, None, kind
-    a = a.to(wide.dtype)
-    return wide * (1 - 4 * a) ** 0.5, (a * wide.square().sum(-1)).contiguous(), "positive"
+    acc, bias = torch.promote_types(q.dtype, torch.float32), None
+    if kind == "oprf" and a is not None:
+        wide, a, kind = omega.to(acc), a.to(acc), "positive"
+        omega, bias = wide * (1 - 4 * a) ** 0.5, (a * wide.square().sum(-1)).contiguous()
+    omega = omega.to(q.dtype)
+    return (omega.to(acc) if q.device.type == "cpu" else omega).contiguous(), bias, kind
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..features.reference import EXPONENTIAL, exponents, half_norm, project, random_features
+from ..features.reference import EXPONENTIAL, exponents, half_norm, project, random_features, rounded
 
 # Kinds whose features overflow without a stabiliser; the others have no exponents.
 STABILIZED = (*EXPONENTIAL, "trigonometric")
@@ -47,13 +47,20 @@ def linear_attention(
         mask = packed if mask is None else packed & mask
         q, k, v = (x.expand(len(packed), *x.shape[1:]) for x in (q, k, v))
     dtype, sets = q.dtype, k.shape[1]
+    bias = None
+    if omega is not None:
+        omega = omega.to(torch.promote_types(dtype, torch.float32))
+        if kind == "oprf" and a is not None:  # positive features of another projection, and a bias
+            bias = a * omega.square().sum(-1).unsqueeze(-2)  # (1, M) or (Hk, 1, M)
+            omega, kind = (1 - 4 * a) ** 0.5 * omega, "positive"
+        omega = rounded(omega, dtype)
     q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     if mask is not None:
         mask = mask[:, None, :, None]
         k, v = k.masked_fill(~mask, 0), v.masked_fill(~mask, 0)
     q = q.unflatten(1, (sets, q.shape[1] // sets))  # (B, Hk, G, L, D)
-    query, b = (x.unflatten(2, q.shape[2:4]) for x in features(q.flatten(2, 3), omega, kind, scale, a, eps))
-    key, e = features(k, omega, kind, scale, a, eps)
+    query, b = (x.unflatten(2, q.shape[2:4]) for x in features(q.flatten(2, 3), omega, kind, scale, bias, eps))
+    key, e = features(k, omega, kind, scale, bias, eps)
     if mask is not None:
         key, e = key.masked_fill(~mask, 0), e.masked_fill(~mask, -math.inf)
     floor = math.log(eps) if eps and kind in STABILIZED else -math.inf
@@ -85,12 +92,13 @@ def features(
     omega: Tensor | None,  # (M, D) or (Hk, M, D)
     kind: str,
     scale: float,
-    a: Tensor | None,  # ()
+    bias: Tensor | None,  # (1, M) or (Hk, 1, M)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Amplitudes and exponents, of which one may broadcast."""
     if kind in EXPONENTIAL:
-        e = exponents(x, omega, kind, scale, a)
+        e = exponents(x, omega, kind, scale)
+        e = e if bias is None else e + bias
         return torch.ones_like(e), e
     if kind == "trigonometric":
         p = project(x, omega, kind, scale)

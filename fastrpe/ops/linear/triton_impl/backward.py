@@ -35,7 +35,6 @@ from .tiles import (
     query_state,
     rows,
     slope,
-    split,
     steps,
     store_rows,
     store_state,
@@ -51,7 +50,7 @@ def _dq_kernel(
     scale, exponent, eps, heads, groups, L, M, F, blocks, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, NORMALIZE: tl.constexpr, ONE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and of every row the log-sum of its weights (1 / den of features without exponents) and delta."""
@@ -67,7 +66,7 @@ def _dq_kernel(
     end = tl.minimum(L, (i_block + 1) * span)
     if ONE:
         o_f = tl.arange(0, BF)
-        b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), q.dtype.element_ty)
+        b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
         b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
         b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
         b_u = b_u.to(DTYPE)
@@ -84,10 +83,10 @@ def _dq_kernel(
         if not ONE:
             for f in steps(0, F, BF):
                 o_f = f + tl.arange(0, BF)
-                b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), q.dtype.element_ty)
+                b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-                b_p = project(b_q, b_high, b_low, SPLIT, PRECISION)
+                b_p = project(b_q, b_omega, PRECISION)
                 b_dw = tl.dot(b_dout, tl.trans(b_u.to(DTYPE)), input_precision=PRECISION)
                 if KIND == EXP:
                     b_p = b_p * exponent + b_c[None, :]
@@ -107,11 +106,11 @@ def _dq_kernel(
         for f in steps(0, 1 if ONE else F, BF):
             if not ONE:
                 o_f = f + tl.arange(0, BF)
-                b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), q.dtype.element_ty)
+                b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
                 b_u = b_u.to(DTYPE)
-            b_p = project(b_q, b_high, b_low, SPLIT, PRECISION)
+            b_p = project(b_q, b_omega, PRECISION)
             b_ds = tl.dot(b_dout, tl.trans(b_u), input_precision=PRECISION)
             if KIND == EXP:
                 b_p = add_columns(b_p, b_c / exponent, WIDE) * exponent
@@ -147,7 +146,7 @@ def _dq_kernel(
             b_ds = b_ds * b_g[:, None] * (b_w if KIND == EXP else slope(b_t, KIND))
             if NORM and not NORMALIZE:
                 b_total += tl.sum(b_ds, 1)
-            b_dq = tl.dot(b_ds.to(DTYPE), b_high.to(DTYPE), b_dq, input_precision=PRECISION)
+            b_dq = tl.dot(b_ds.to(DTYPE), b_omega.to(DTYPE), b_dq, input_precision=PRECISION)
         b_dq *= scale
         if NORM and not NORMALIZE:
             b_dq -= b_q.to(tl.float32) * (b_total * scale * scale)[:, None]
@@ -162,7 +161,7 @@ def _dk_kernel(
     scale, exponent, eps, heads, S, M, F, blocks, span,
     k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, MASK: tl.constexpr, ONE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv from the gradient of the state."""
@@ -176,7 +175,7 @@ def _dk_kernel(
     end = tl.minimum(S, (i_block + 1) * span)
     if ONE:
         o_f = tl.arange(0, BF)
-        b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), k.dtype.element_ty)
+        b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(k.dtype.element_ty)
         b_u, b_z, b_c = load_state(kv, z, c, i_bh, o_f, F, LOG2E, V, BV)
         b_u = b_u.to(DTYPE)
         if BIASED:
@@ -197,12 +196,12 @@ def _dk_kernel(
         for f in steps(0, 1 if ONE else F, BF):
             if not ONE:
                 o_f = f + tl.arange(0, BF)
-                b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), k.dtype.element_ty)
+                b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(k.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_bh, o_f, F, LOG2E, V, BV)
                 b_u = b_u.to(DTYPE)
                 if BIASED:
                     b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
-            b_p = project(b_k, b_high, b_low, SPLIT, PRECISION)
+            b_p = project(b_k, b_omega, PRECISION)
             if KIND == EXP:
                 b_p = tl.exp2(add_columns(b_p, b_c / exponent, WIDE) * exponent + b_e[:, None])
             else:
@@ -222,7 +221,7 @@ def _dk_kernel(
                 if KIND == TRIG:
                     b_total += tl.sum(b_da * b_p_t.to(tl.float32), 1)
                 b_da *= slope(b_t, KIND) * b_g
-            b_dk = tl.dot(b_da.to(DTYPE), b_high.to(DTYPE), b_dk, input_precision=PRECISION)
+            b_dk = tl.dot(b_da.to(DTYPE), b_omega.to(DTYPE), b_dk, input_precision=PRECISION)
         b_dk *= scale
         if NORM or KIND == TRIG:
             b_dk += b_k.to(tl.float32) * (b_total * scale * scale)[:, None]
@@ -236,7 +235,7 @@ def _domega_kernel(
     scale, exponent, eps, heads, groups, S, M, F, splits, span,
     x_b, x_h, x_l, y_b, y_h, y_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A span's part of domega and dbias, from queries and their gradients, or from keys and values."""
@@ -247,7 +246,7 @@ def _domega_kernel(
     i_state = i_bh // groups
     o_f, o_s, o_d = i_f * BF + tl.arange(0, BF), tl.arange(0, BS), tl.arange(0, BD)
     p_w, p_bias = omega + (i_h // groups) * omega_h, bias + (i_h // groups) * bias_h
-    b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), x.dtype.element_ty)
+    b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(x.dtype.element_ty)
     b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
     if QUERIES:
         b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
@@ -262,7 +261,7 @@ def _domega_kernel(
         b_x = load_rows(p_x, i, x_l, end, D, BS, BD)
         b_y = load_rows(p_y, i, y_l, end, V, BS, BV).to(DTYPE)
         m_s = i + o_s < end
-        b_p = project_t(b_high, b_low, b_x, SPLIT, PRECISION)
+        b_p = project_t(b_omega, b_x, PRECISION)
         b_ds = tl.dot(b_u, tl.trans(b_y), input_precision=PRECISION)
         b_e = half_norm(b_x, scale) if NORM or (KIND == TRIG and not QUERIES) else tl.zeros((BS,), tl.float32)
         if KIND != TRIG:
@@ -307,7 +306,7 @@ def _causal_dq_kernel(
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, MASK: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr,
     OMEGA: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -321,8 +320,7 @@ def _causal_dq_kernel(
     p_q, p_dout, p_dq = q + i_b * q_b + i_h * q_h, dout + i_b * dout_b + i_h * dout_h, dq + i_bh * L * D
     p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
     o_f, o_l, o_d = tl.arange(0, BF), tl.arange(0, BL), tl.arange(0, BD)
-    b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
-    b_high, b_low = split(b_w, q.dtype.element_ty)
+    b_omega = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
     b_bias = tl.where(o_f < F, 0.0, MASKED)
     if BIASED:
         b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
@@ -346,7 +344,7 @@ def _causal_dq_kernel(
         m_l = m_row
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
-        b_pk = project_t(b_high, b_low, b_k, SPLIT, PRECISION)
+        b_pk = project_t(b_omega, b_k, PRECISION)
         if KIND == EXP:
             b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
             b_e = tl.where(m_l, b_e, MASKED)
@@ -364,7 +362,7 @@ def _causal_dq_kernel(
         b_z *= b_old
         b_s = b_kv.to(DTYPE)
         b_kv = tl.dot(b_pk_t, b_v, b_kv, input_precision=PRECISION)
-        b_pq = project(b_q, b_high, b_low, SPLIT, PRECISION)
+        b_pq = project(b_q, b_omega, PRECISION)
         if KIND == EXP:
             b_pq = add_columns(b_pq, (b_n + b_bias) / exponent, WIDE) * exponent
             b_r = tl.ceil(tl.max(b_pq, 1))
@@ -397,7 +395,7 @@ def _causal_dq_kernel(
                 b_g = tl.exp2(b_r - half_norm(b_q, scale) if NORM else b_r)
         b_ds = tl.dot(b_da.to(DTYPE), tl.trans(b_pk_t), b_ds, input_precision=PRECISION)
         b_ds *= (b_pq_t.to(tl.float32) if KIND == EXP else b_slope) * b_g[:, None]
-        b_dq = tl.dot(b_ds.to(DTYPE), b_high.to(DTYPE), input_precision=PRECISION) * scale
+        b_dq = tl.dot(b_ds.to(DTYPE), b_omega.to(DTYPE), input_precision=PRECISION) * scale
         if NORM and not NORMALIZE:
             b_dq -= b_q.to(tl.float32) * (tl.sum(b_ds, 1) * scale * scale)[:, None]
         store_rows(p_dq, b_dq, i, D, end, D, BL, BD)
@@ -421,7 +419,7 @@ def _causal_dk_kernel(
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, MASK: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr,
     OMEGA: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -435,8 +433,7 @@ def _causal_dk_kernel(
     p_q, p_dout = q + i_b * q_b + i_h * q_h, dout + i_b * dout_b + i_h * dout_h
     p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
     o_f, o_l, o_d = tl.arange(0, BF), tl.arange(0, BL), tl.arange(0, BD)
-    b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
-    b_high, b_low = split(b_w, q.dtype.element_ty)
+    b_omega = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
     b_bias = tl.where(o_f < F, 0.0, MASKED)
     if BIASED:
         b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
@@ -464,7 +461,7 @@ def _causal_dk_kernel(
         m_l = m_row
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
-        b_pq = project_t(b_high, b_low, b_q, SPLIT, PRECISION)
+        b_pq = project_t(b_omega, b_q, PRECISION)
         if KIND == EXP:
             m_row &= b_row > EMPTY
             b_e = -b_row
@@ -486,7 +483,7 @@ def _causal_dk_kernel(
         b_z *= b_old
         b_s = b_kv.to(DTYPE)
         b_kv = tl.dot(b_pq_t, b_dout, b_kv, input_precision=PRECISION)
-        b_pk = project(b_k, b_high, b_low, SPLIT, PRECISION)
+        b_pk = project(b_k, b_omega, PRECISION)
         if KIND == EXP:
             b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
             b_e = tl.where(m_l, b_e, MASKED)
@@ -508,7 +505,7 @@ def _causal_dk_kernel(
         b_ds = add_columns(tl.dot(b_v, tl.trans(b_s), input_precision=PRECISION), b_z, WIDE)
         b_ds = tl.dot(b_da.to(DTYPE), tl.trans(b_pq_t), b_ds, input_precision=PRECISION)
         b_ds *= b_pk_t.to(tl.float32) if KIND == EXP else b_slope
-        b_dk = tl.dot(b_ds.to(DTYPE), b_high.to(DTYPE), input_precision=PRECISION) * scale
+        b_dk = tl.dot(b_ds.to(DTYPE), b_omega.to(DTYPE), input_precision=PRECISION) * scale
         if NORM:
             b_dk -= b_k.to(tl.float32) * (tl.sum(b_ds, 1) * scale * scale)[:, None]
         store_rows(dk + i_bh * L * D, b_dk, i, D, end, D, BL, BD)
@@ -622,7 +619,7 @@ def bidirectional_gradients(
             dout, q, p.omega, p.bias, *last, dq, lse, delta,
             p.scale, p.exponent, p.eps, p.H, p.H // p.Hk, p.L, p.M, p.F, blocks, span,
             *dout.stride()[:3], *q.stride()[:3], p.omega_h, p.bias_h, *sizes,
-            **p.options("KIND NORM SIGNED IDENTITY SPLIT BIASED NORMALIZE PRECISION"), **common,
+            **p.options("KIND NORM SIGNED IDENTITY BIASED NORMALIZE PRECISION"), **common,
         )  # fmt: skip
     parts, count = states(p, q, dout, sums=(lse, delta))
     dstate = scan(p, parts, count * (p.H // p.Hk), late)
@@ -632,7 +629,7 @@ def bidirectional_gradients(
             k, v, p.omega, p.bias, p.mask, *dstate, last[2], dk, dv,
             p.scale, p.exponent, p.eps, p.Hk, p.S, p.M, p.F, blocks, span,
             *k.stride()[:3], *v.stride()[:3], p.omega_h, p.bias_h, *sizes,
-            **p.options("KIND NORM SIGNED IDENTITY SPLIT BIASED MASK PRECISION"), **common,
+            **p.options("KIND NORM SIGNED IDENTITY BIASED MASK PRECISION"), **common,
         )  # fmt: skip
     domegas, dbiases = [], []
     if need_omega:
@@ -665,7 +662,7 @@ def omega_gradient(
             p.scale, p.exponent, p.eps, H, H // p.Hk, S, p.M, p.F, count, span,
             *x.stride()[:3], *y.stride()[:3], p.omega_h, p.bias_h,
             p.D, p.V, t.features, t.rows, p.BD, p.BV,
-            **p.options("KIND SIGNED IDENTITY SPLIT BIASED PRECISION"),
+            **p.options("KIND SIGNED IDENTITY BIASED PRECISION"),
             NORM=p.flags["NORM"] and not (queries and p.flags["NORMALIZE"]),
             MASK=p.flags["MASK"] and not queries, QUERIES=queries, DTYPE=p.dtype(),
             num_warps=t.warps, num_stages=t.stages,
@@ -695,7 +692,7 @@ def causal_gradients(
     parts_of = (p.B, p.H, count if need_omega else 0, p.F)
     outs = [[q.new_empty((*parts_of, *n), dtype=torch.float32) for n in ((p.D,), ())] for _ in range(2)]
     if count * p.B * p.H:
-        common = p.options("KIND NORM SIGNED IDENTITY SPLIT BIASED MASK NORMALIZE PRECISION") | {
+        common = p.options("KIND NORM SIGNED IDENTITY BIASED MASK NORMALIZE PRECISION") | {
             "PARTS": count > 1, "OMEGA": need_omega, "DTYPE": p.dtype(), "num_warps": t.warps, "num_stages": t.stages
         }  # fmt: skip
         numbers = (

@@ -31,7 +31,6 @@ from .tiles import (
     project_t,
     query_state,
     rows,
-    split,
     steps,
     store_rows,
     store_state,
@@ -51,7 +50,7 @@ def _state_kernel(
     scale, exponent, factor, eps, heads, groups, S, M, F, splits, span,
     x_b, x_h, x_l, y_b, y_h, y_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +63,7 @@ def _state_kernel(
     i_f, i_s, i_bh = pid % tiles, pid // tiles % splits, (pid // tiles // splits).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_f, o_s = i_f * BF + tl.arange(0, BF), tl.arange(0, BS)
-    b_w = load_omega(omega + (i_h // groups) * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
-    b_high, b_low = split(b_w, x.dtype.element_ty)
+    b_omega = load_omega(omega + (i_h // groups) * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY).to(x.dtype.element_ty)
     p_x, p_y = x + i_b * x_b + i_h * x_h, y + i_b * y_b + i_h * y_h
     b_kv = tl.zeros((BF, BV), tl.float32)
     b_z = tl.zeros((BF,), tl.float32)
@@ -75,7 +73,7 @@ def _state_kernel(
         b_x = load_rows(p_x, i, x_l, end, D, BS, BD)
         b_y = load_rows(p_y, i, y_l, end, V, BS, BV).to(DTYPE)
         m_s = i + o_s < end
-        b_p = project_t(b_high, b_low, b_x, SPLIT, PRECISION)
+        b_p = project_t(b_omega, b_x, PRECISION)
         if QUERIES:
             b_row = tl.load(lse + i_bh * S + i + o_s, mask=m_s, other=0.0)
             b_delta = tl.load(delta + i_bh * S + i + o_s, mask=m_s, other=0.0)
@@ -162,7 +160,7 @@ def _rows_kernel(
     scale, exponent, factor, eps, heads, groups, L, M, F, parts, blocks, span,
     q_b, q_h, q_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, NORMALIZE: tl.constexpr, STORE: tl.constexpr, ONE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +176,7 @@ def _rows_kernel(
     end = tl.minimum(L, (i_block + 1) * span)
     if ONE:
         o_f = tl.arange(0, BF)
-        b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), q.dtype.element_ty)
+        b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
         b_kv, b_z, b_c = load_state(kv, z, c, i_state * parts, o_f, F, factor, V, BV)
         for n in steps(1, parts):
             o_kv, o_z, o_c = load_state(kv, z, c, i_state * parts + n, o_f, F, factor, V, BV)
@@ -191,7 +189,7 @@ def _rows_kernel(
     for i in steps(i_block * span, end, BL):
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         if ONE:
-            b_p = project(b_q, b_high, b_low, SPLIT, PRECISION)
+            b_p = project(b_q, b_omega, PRECISION)
             if KIND == EXP:
                 b_p = add_columns(b_p, b_c / exponent, WIDE) * exponent
                 b_r = tl.max(b_p, 1)
@@ -212,10 +210,10 @@ def _rows_kernel(
             b_r = tl.full((BL,), EMPTY if KIND == EXP else 0.0, tl.float32)
             for f in steps(0, F, BF):
                 o_f = f + tl.arange(0, BF)
-                b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), q.dtype.element_ty)
+                b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
                 b_kv, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, factor, V, BV)
                 b_u, b_z, b_c = query_state(b_kv, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-                b_p = project(b_q, b_high, b_low, SPLIT, PRECISION)
+                b_p = project(b_q, b_omega, PRECISION)
                 if KIND == EXP:
                     b_p = b_p * exponent + b_c[None, :]
                     b_n = tl.maximum(b_r, tl.max(b_p, 1))
@@ -251,7 +249,7 @@ def _causal_kernel(
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, SIGNED: tl.constexpr, IDENTITY: tl.constexpr,
     BIASED: tl.constexpr, MASK: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +269,7 @@ def _causal_kernel(
     p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
     o_f, o_l = tl.arange(0, BF), tl.arange(0, BL)
     p_w = omega + i_k * omega_h
-    b_high, b_low = split(load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY), q.dtype.element_ty)
+    b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
     b_bias = tl.where(o_f < F, 0.0, MASKED)
     if BIASED:
         b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
@@ -293,7 +291,7 @@ def _causal_kernel(
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
         # Keys, and the state with them, are done before queries, which registers could not hold as well.
-        b_pk = project_t(b_high, b_low, b_k, SPLIT, PRECISION)
+        b_pk = project_t(b_omega, b_k, PRECISION)
         if KIND == EXP:
             b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
             b_e = tl.where(m_l, b_e, MASKED)
@@ -311,7 +309,7 @@ def _causal_kernel(
         b_z *= b_old
         b_s = b_kv.to(DTYPE)
         b_kv = tl.dot(b_pk, b_v, b_kv, input_precision=PRECISION)
-        b_pq = project(b_q, b_high, b_low, SPLIT, PRECISION)
+        b_pq = project(b_q, b_omega, PRECISION)
         if KIND == EXP:
             b_pq = add_columns(b_pq, (b_n + b_bias) / exponent, WIDE) * exponent
             b_r = tl.ceil(tl.max(b_pq, 1))
@@ -463,7 +461,7 @@ def bidirectional_rows(
             p.scale, p.exponent, factor, p.eps, p.H, p.H // p.Hk, p.L, p.M, p.F, count, blocks, span,
             *q.stride()[:3], p.omega_h, p.bias_h,
             p.D, p.V, t.features, t.rows, p.BD, p.BV,
-            **p.options("KIND NORM SIGNED IDENTITY SPLIT BIASED NORMALIZE PRECISION"),
+            **p.options("KIND NORM SIGNED IDENTITY BIASED NORMALIZE PRECISION"),
             STORE=store, ONE=t.one, DTYPE=p.dtype(bounded=True), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     elif store:
@@ -496,7 +494,7 @@ def causal_rows(
     common = p.options("NORM SIGNED IDENTITY BIASED MASK NORMALIZE") | {"PARTS": count > 1, "START": start is not None}
     _causal_kernel[grid](
         *tensors, *last, flags, p.scale, p.exponent, p.eps, *sizes, *strides,
-        p.D, p.V, t.features, t.rows, p.BD, p.BV, **p.options("KIND SPLIT PRECISION"), **common, DTYPE=p.dtype(),
+        p.D, p.V, t.features, t.rows, p.BD, p.BV, **p.options("KIND PRECISION"), **common, DTYPE=p.dtype(),
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if p.is_exp:
@@ -533,7 +531,7 @@ def states(
             p.scale, p.exponent, 1.0 / LOG2E.value if final and count == 1 else 1.0, p.eps, H, H // p.Hk, S, p.M, p.F,
             count, span, *x.stride()[:3], *y.stride()[:3], p.omega_h, p.bias_h,
             p.D, p.V, t.features, t.rows, p.BD, p.BV,
-            **p.options("KIND SIGNED IDENTITY SPLIT BIASED PRECISION"),
+            **p.options("KIND SIGNED IDENTITY BIASED PRECISION"),
             NORM=p.flags["NORM"] and not (sums and p.flags["NORMALIZE"]), MASK=p.flags["MASK"] and sums is None,
             QUERIES=sums is not None, DTYPE=p.dtype(bounded=sums is None),
             SHIFT=12.0 if p.dtype(bounded=sums is None) == tl.float16 else 0.0, num_warps=t.warps, num_stages=t.stages,

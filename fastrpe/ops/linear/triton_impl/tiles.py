@@ -70,28 +70,15 @@ def load_omega(
 
 
 @triton.jit
-def split(b_w, dtype: tl.constexpr):
-    """A float32 number as the sum of two of 16 bits."""
-    high = b_w.to(dtype)
-    return high, (b_w - high.to(tl.float32)).to(dtype)
-
-
-@triton.jit
-def project_t(b_high, b_low, b_x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def project_t(b_omega, b_x, PRECISION: tl.constexpr):
     """W x^T, (BF, BS)."""
-    b_p = tl.dot(b_high, tl.trans(b_x), input_precision=PRECISION)
-    if SPLIT:
-        b_p = tl.dot(b_low, tl.trans(b_x), b_p, input_precision=PRECISION)
-    return b_p
+    return tl.dot(b_omega, tl.trans(b_x), input_precision=PRECISION)
 
 
 @triton.jit
-def project(b_x, b_high, b_low, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def project(b_x, b_omega, PRECISION: tl.constexpr):
     """x W^T, (BL, BF)."""
-    b_p = tl.dot(b_x, tl.trans(b_high), input_precision=PRECISION)
-    if SPLIT:
-        b_p = tl.dot(b_x, tl.trans(b_low), b_p, input_precision=PRECISION)
-    return b_p
+    return tl.dot(b_x, tl.trans(b_omega), input_precision=PRECISION)
 
 
 @triton.jit
@@ -339,8 +326,6 @@ def plan(
         "NORM": kind in ("positive", "hyperbolic"),
         "SIGNED": kind == "hyperbolic",
         "IDENTITY": omega is None,
-        # A float32 projection of 16-bit rows is read as two 16-bit parts, since exponents magnify its rounding.
-        "SPLIT": omega is not None and omega.dtype != q.dtype,
         "BIASED": bias is not None,
         "MASK": mask is not None,
         "NORMALIZE": normalize,
