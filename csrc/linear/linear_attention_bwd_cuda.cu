@@ -17,8 +17,9 @@
 //   features  dU_f = sum_i w_if dout_i,  y_f = sum_i w_if delta_i
 //   keys      dv = a dU,  ds = a (v dU^T - y),  dk = scale ds W - scale^2 k sum_f ds
 //
-// One kernel takes queries, another keys, each in one pass over memory. A block of queries leaves its part of dU and y
-// in a slot of its own; slots are added in order, so the result is deterministic.
+// One kernel takes queries, another keys, each in one pass over memory; for dW = scale (ds^T q + ds^T k) both take
+// another pass. A block leaves its part of dU and y, or of dW, in a slot of its own; slots are added in order, so the
+// result is deterministic.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -49,6 +50,7 @@ struct Args {
   const float *kv, *z, *log_scale;  // (B, Hk, M, V) and (B, Hk, M)
   const bool* mask;                 // of keys, (B, S), or null
   float* parts;                     // slots of dU and y, (B, H, blocks, M (V + 1)), or (B, Hk, count, M (V + 1))
+  float* omega_parts;               // slots of dW, (B, H or Hk, blocks, M, D)
   T *dx, *dy;                       // dq, or dk and dv; contiguous
   int64_t length;
   int heads, groups;  // heads of x, and query heads of a key head
@@ -71,6 +73,8 @@ struct Layout {
                        key_blocks = M > 128 ? 2 : 3;                                 // of a multiprocessor
   static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;  // numbers between warpgroups
   static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
+  static constexpr int omega_blocks = M > 128 ? 1 : 2;               // of keys
+  static constexpr size_t omega_bytes = 16 * (tile * features / 8);  // that those need more
   static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
 };
 
@@ -201,7 +205,8 @@ struct Place {
 
 // Queries -------------------------------------------------------------------------------------------------------------
 
-template <typename T, int M>
+// With Omega a part of dW takes the place of all other results.
+template <typename T, int M, bool Omega>
 __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blocks)
     query_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -261,7 +266,8 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   const float exponent = args.scale * log2e;
   // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
   const int named = warp * 16 + lane % 16, half = lane / 16;
-  float dmeans[F / 2] = {};  // dU^T, 64 x F
+  float dmeans[F / 2] = {};  // dU^T or dW^T, 64 x F
+  float common = 1.0f;       // what the latter is divided by
   float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
@@ -322,7 +328,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
         factor = exp2_approximate(top[r] - all);
         total[r] = total[r] * factor + other.y * exp2_approximate(other.x - all);
       }
-      inverse[r] = factor / total[r];
+      inverse[r] = __fdividef(factor, total[r]);
     }
 #pragma unroll
     for (int s = 0; s < F / 16; ++s) {
@@ -333,18 +339,26 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
         w[8 * s + 2 * i + 1] *= inverse[i % 2];
         x[i] = pack<T>(w[8 * s + 2 * i], w[8 * s + 2 * i + 1]);
       }
-      store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
+      if constexpr (!Omega) {
+        store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
+      }
     }
-    copies_visible();
-    __syncthreads();  // all weights are there
-    products_begin();
+    // dU^T += y^T weights
+    const auto add_product = [&](const uint4* y) {
+      copies_visible();
+      __syncthreads();  // all weights are there
+      products_begin();
 #pragma unroll
-    for (int s = 0; s < tile / 16; ++s) {
-      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
-                               operand(weights + base / 64 * slab + s * 128, 16 * slab), true);
+      for (int s = 0; s < tile / 16; ++s) {
+        multiply<T, Inner::both>(dmeans, operand(y + s * 128), operand(weights + base / 64 * slab + s * 128, 16 * slab),
+                                 true);
+      }
+      products_end();
+    };
+    if constexpr (!Omega) {
+      add_product(tile_dout);
     }
-    products_end();
-    products_wait<1>(ds);
+    products_wait<Omega ? 0 : 1>(ds);
 
     float delta[2] = {}, size[2] = {1.0f, 1.0f};
 #pragma unroll
@@ -375,7 +389,26 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
         size[r] = fmaxf(size[r], other.y);
       }
     }
-    if (group == 0 && t == 0) {
+    if constexpr (Omega && is_half) {                   // the sum over rows is relative to the largest so far
+      float* sizes = reinterpret_cast<float*>(deltas);  // of each warp
+      float largest = fmaxf(size[0], size[1]);
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
+      }
+      if (group == 0 && lane == 0) {
+        sizes[warp] = largest;
+      }
+      __syncthreads();
+      largest = fmaxf(fmaxf(sizes[0], sizes[1]), fmaxf(sizes[2], sizes[3]));
+      largest = i_tile == at.begin ? largest : fmaxf(largest, common);
+#pragma unroll
+      for (float& x : dmeans) {
+        x *= common / largest;
+      }
+      common = size[0] = size[1] = largest;
+    }
+    if (!Omega && group == 0 && t == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const T high = static_cast<T>(delta[r]);
@@ -399,6 +432,14 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
         }
         fragments[s][i] = pack<T>(x[0], x[1]);
       }
+      if constexpr (Omega) {
+        store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), fragments[s]);
+      }
+    }
+    if constexpr (Omega) {
+      add_product(tile_q);
+      products_wait(dmeans);
+      continue;
     }
     float dq[32];
     products_begin();
@@ -459,12 +500,14 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
   }
 
-  float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
+  float* part = Omega ? args.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width)
+                      : args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
+  const float factor = Omega ? args.scale * common : 1.0f;
 #pragma unroll
   for (int i = 0; i < F / 2; ++i) {
-    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
+    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i] * factor;
   }
-  if (t == 0) {
+  if (!Omega && t == 0) {
 #pragma unroll
     for (int n = 0; n < F / 64; ++n) {
       const int f = base + warp * (F / 4) + n * 16 + g;
@@ -494,8 +537,9 @@ __global__ void __launch_bounds__(128)
 
 // Keys ----------------------------------------------------------------------------------------------------------------
 
-template <typename T, int M>
-__global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
+// With Omega a part of dW takes the place of dk and dv, of F features that blockIdx.y counts.
+template <typename T, int M, bool Omega>
+__global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::omega_blocks : Layout<M>::key_blocks)
     key_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Layout<M>;
@@ -503,10 +547,11 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
   constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
   extern __shared__ __align__(1024) uint4 memory[];
-  uint4* omega = memory;                // rows of features
-  uint4* dmeans = omega + Of::matrix;   // dU, rows of features
-  uint4* stages = dmeans + Of::matrix;  // k and v of each
-  float* exponents = reinterpret_cast<float*>(stages + Of::key_stages * 2 * slab);
+  uint4* omega = memory;                                  // rows of features
+  uint4* dmeans = omega + Of::matrix;                     // dU, rows of features
+  uint4* stages = dmeans + Of::matrix;                    // k and v of each
+  uint4* gradients = stages + Of::key_stages * 2 * slab;  // ds, with Omega; rows of keys, a slab for 64 features
+  float* exponents = reinterpret_cast<float*>(gradients + (Omega ? Of::omega_bytes / 16 : 0));
   float* dy = exponents + M;
   float* largest = dy + M;  // of each warp
 
@@ -602,6 +647,8 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
 
   const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
   const int named = warp * 16 + lane % 16, half = lane / 16;
+  const int first_feature = Omega ? blockIdx.y * F : 0, end_feature = Omega ? first_feature + F : M;
+  float domega[F / 2] = {};  // dW^T, 64 x F
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
     stage = stage + 1 == Of::key_stages ? 0 : stage + 1;
@@ -624,7 +671,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
       }
       products_end();
     };
-    project(0);
+    project(first_feature);
     start_next();
     float norm[2];
 #pragma unroll
@@ -641,15 +688,15 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
         }
       }
       norm[r] = sum_row(norm[r]) * (0.5f * log2e * square);
-      if (mask != nullptr && row < count && !mask[first + row]) {
+      if (row >= count || (mask != nullptr && !mask[first + row])) {
         norm[r] = -none;
       }
     }
     float dk[32], dv[32], sums[2] = {};
     uint32_t a[F / 16][4], fragments[F / 16][4];
 #pragma unroll
-    for (int base = 0; base < M; base += F) {
-      if (base > 0) {
+    for (int base = first_feature; base < end_feature; base += F) {
+      if (base > first_feature) {
         products_wait(dk);
         products_wait(dv);
         project(base);
@@ -664,13 +711,15 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
                             exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
         }
       }
-      products_begin();
+      if constexpr (!Omega) {
+        products_begin();
 #pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-        multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
+        }
+        products_end();
       }
-      products_end();
-      products_wait<1>(ds);
+      products_wait<Omega ? 0 : 1>(ds);
 #pragma unroll
       for (int s = 0; s < F / 16; ++s) {
 #pragma unroll
@@ -682,12 +731,30 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
           fragments[s][i] = pack<T>(x0, x1);
         }
       }
-      products_begin();
+      if constexpr (!Omega) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
+        }
+        products_end();
+      }
+    }
+    if constexpr (Omega) {
 #pragma unroll
       for (int s = 0; s < F / 16; ++s) {
-        multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
+        store_matrices(gradients + s / 4 * slab + piece(named, s % 4 * 2 + half), fragments[s]);
+      }
+      copies_visible();
+      __syncthreads();  // all of ds is there
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        multiply<T, Inner::both>(domega, operand(tile_k + s * 128), operand(gradients + s * 128, 16 * slab), true);
       }
       products_end();
+      products_wait(domega);
+      continue;
     }
     __syncthreads();  // no product reads this stage any more
     products_wait<1>(dv);
@@ -723,7 +790,46 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     __syncwarp();
     store_rows<8>(tile_k, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
   }
+  if constexpr (Omega) {
+    float* part = args.omega_parts + (static_cast<int64_t>(blockIdx.x) * M + first_feature) * width;
+#pragma unroll
+    for (int i = 0; i < F / 2; ++i) {
+      part[(i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = domega[i] * (args.scale * back);
+    }
+  }
 #endif
+}
+
+// Slots of dW, (outer, sets, inner, M, D).
+struct OmegaParts {
+  const float4* data;
+  int64_t outer, inner;
+};
+
+// Adds the slots of a set of heads; a block for each feature.
+template <int M>
+__global__ void __launch_bounds__(256) add_omega_kernel(OmegaParts queries, OmegaParts keys, float4* domega) {
+  constexpr int columns = width / 4, lanes = 256 / columns;
+  __shared__ float4 sums[lanes][columns];
+  const int x = threadIdx.x % columns, lane = threadIdx.x / columns, f = blockIdx.x, set = blockIdx.y;
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  const auto add = [&sum](const float4& y) { sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z, sum.w + y.w}; };
+  for (const OmegaParts& parts : {queries, keys}) {
+#pragma unroll 4
+    for (int64_t n = lane; n < parts.outer * parts.inner; n += lanes) {
+      const int64_t slot = (n / parts.inner * gridDim.y + set) * parts.inner + n % parts.inner;
+      add(parts.data[(slot * M + f) * columns + x]);
+    }
+  }
+  sums[lane][x] = sum;
+  __syncthreads();
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 1; i < lanes; ++i) {
+      add(sums[i][x]);
+    }
+    domega[(static_cast<int64_t>(set) * M + f) * columns + x] = sum;
+  }
 }
 
 // Launches ------------------------------------------------------------------------------------------------------------
@@ -780,7 +886,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   STD_TORCH_CHECK((kind == positive || kind == exp) && omega && !causal && eps == 0 && normalize && !cu_seqlens &&
                       !kv && !z && !log_scale && !dkv && !dz,
                   op, ": on a GPU attention must be bidirectional and normalised, by positive features or exp");
-  STD_TORCH_CHECK(!need_omega, op, ": on a GPU omega must not require grad");
+  STD_TORCH_CHECK(!need_omega || !bias, op, ": on a GPU the omega of oprf must not require grad");
   for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}}) {
     check_like(op, argument, *x, dtype, q);
   }
@@ -821,6 +927,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   Tensor dq = new_empty(q, {B, H, L, width}, dtype), dk = new_empty(q, {B, Hk, S, width}, dtype),
          dv = new_empty(q, {B, Hk, S, width}, dtype);
   const Tensor empty = new_empty(q, {0}, dtype);
+  Tensor domega = need_omega ? new_empty(*omega, std::vector<int64_t>(omega->sizes().begin(), omega->sizes().end()),
+                                         ScalarType::Float)
+                             : empty;
   const int64_t multiprocessors = attribute(q, cudaDevAttrMultiProcessorCount);
   const int64_t query_tiles = ceil_div(L, tile), key_tiles = ceil_div(S, tile);
   const cudaStream_t stream = current_stream(q);
@@ -845,14 +954,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     args.groups = Hk > 0 ? static_cast<int>(H / Hk) : 1;
     args.scale = static_cast<float>(scale);
     args.norm = kind == positive ? 1.0f : 0.0f;
-    const auto launch = [&](auto kernel, int threads, size_t bytes, int64_t heads) {
+    const auto launch = [&](auto kernel, int threads, size_t bytes, int64_t heads, int chunks = 1) {
       const int64_t blocks = heads * args.blocks;
       STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B and H must be smaller");
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      kernel<<<static_cast<uint32_t>(blocks), threads, bytes, stream>>>(args);
+      kernel<<<dim3(static_cast<uint32_t>(blocks), chunks), threads, bytes, stream>>>(args);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
-    Tensor parts = empty;
+    // dW of each set of heads, with slots of its own for every block.
+    const int64_t sets = dims == 3 ? Hk : 1;
+    Tensor parts = empty, query_omega = empty, key_omega = empty;
+    OmegaParts query_slots{}, key_slots{};
+    const auto new_slots = [&](Tensor& slots, OmegaParts& of, int64_t heads) {
+      slots = new_empty(q, {heads * args.blocks, M, width}, ScalarType::Float);
+      args.omega_parts = static_cast<float*>(slots.mutable_data_ptr());
+      const int64_t outer = dims == 3 ? B : 1;
+      of = {reinterpret_cast<const float4*>(args.omega_parts), outer, heads * args.blocks / (outer * sets)};
+    };
     int64_t count = 0;  // slots of a key head
     if (B * H * query_tiles > 0) {
       args.share = share_of(query_tiles, B * H, multiprocessors * Layout<M>::query_blocks, 4);
@@ -867,7 +985,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.dx = static_cast<T*>(dq.mutable_data_ptr());
       args.length = L;
       args.heads = static_cast<int>(H);
-      launch(query_gradient_kernel<T, M>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
+      launch(query_gradient_kernel<T, M, false>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
+      if (need_omega) {
+        new_slots(query_omega, query_slots, B * H);
+        launch(query_gradient_kernel<T, M, true>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
+      }
       if (more > 0) {
         float* sums = args.parts + slots * size;
         add_parts_kernel<<<ceil_div(more * (size / 4), 128), 128, 0, stream>>>(
@@ -890,7 +1012,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.length = S;
       args.heads = static_cast<int>(Hk);
       args.count = static_cast<int>(count);
-      launch(key_gradient_kernel<T, M>, Layout<M>::key_threads, Layout<M>::key_bytes, B * Hk);
+      launch(key_gradient_kernel<T, M, false>, Layout<M>::key_threads, Layout<M>::key_bytes, B * Hk);
+      if (need_omega) {
+        new_slots(key_omega, key_slots, B * Hk);
+        launch(key_gradient_kernel<T, M, true>, Layout<M>::key_threads, Layout<M>::key_bytes + Layout<M>::omega_bytes,
+               B * Hk, M / Layout<M>::features);
+      }
+    }
+    if (need_omega && sets > 0) {
+      add_omega_kernel<M><<<dim3(M, static_cast<uint32_t>(sets)), 256, 0, stream>>>(
+          query_slots, key_slots, static_cast<float4*>(domega.mutable_data_ptr()));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   };
   const auto with_features = [&](auto zero) {
@@ -904,7 +1036,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     }
   };
   dtype == ScalarType::BFloat16 ? with_features(BFloat16{}) : with_features(Half{});
-  return {dq, dk, dv, empty, empty, empty, empty};
+  return {dq, dk, dv, domega, empty, empty, empty};
 }
 
 }  // namespace linear
