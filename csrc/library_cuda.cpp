@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrpe_native, CUDA, m) {
   m.impl("cayley_basis", TORCH_BOX(&fastrpe::cayley::cayley_basis_cuda));
   m.impl("cayley_basis_bwd", TORCH_BOX(&fastrpe::cayley::cayley_basis_bwd_cuda));
   m.impl("linear_attention", TORCH_BOX(&fastrpe::linear::linear_attention_cuda));
+  m.impl("linear_attention_bwd", TORCH_BOX(&fastrpe::linear::linear_attention_bwd_cuda));
   m.impl("rotate", TORCH_BOX(&fastrpe::rotary::rotate_cuda));
   m.impl("rotate_basis", TORCH_BOX(&fastrpe::rotary::rotate_basis_cuda));
   m.impl("rotate_basis_bwd", TORCH_BOX(&fastrpe::rotary::rotate_basis_bwd_cuda));
