@@ -800,35 +800,81 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
 #endif
 }
 
-// Slots of dW, (outer, sets, inner, M, D).
-struct OmegaParts {
-  const float4* data;
+// Slots of dW, (outer, sets, inner, M, D), of dU and y for the bias, (outer, sets, inner, M (V + 1)).
+struct OmegaSlots {
+  const float* data;
   int64_t outer, inner;
-};
 
-// Adds the slots of a set of heads; a block for each feature.
-template <int M>
-__global__ void __launch_bounds__(256) add_omega_kernel(OmegaParts queries, OmegaParts keys, float4* domega) {
-  constexpr int columns = width / 4, lanes = 256 / columns;
-  __shared__ float4 sums[lanes][columns];
-  const int x = threadIdx.x % columns, lane = threadIdx.x / columns, f = blockIdx.x, set = blockIdx.y;
-  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-  const auto add = [&sum](const float4& y) { sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z, sum.w + y.w}; };
-  for (const OmegaParts& parts : {queries, keys}) {
+  // Calls f with each lanes-th slot of a set, from slot `lane` on.
+  template <typename F>
+  __device__ __forceinline__ void each(int set, int sets, int lane, int lanes, F&& f) const {
 #pragma unroll 4
-    for (int64_t n = lane; n < parts.outer * parts.inner; n += lanes) {
-      const int64_t slot = (n / parts.inner * gridDim.y + set) * parts.inner + n % parts.inner;
-      add(parts.data[(slot * M + f) * columns + x]);
+    for (int64_t n = lane; n < outer * inner; n += lanes) {
+      f((n / inner * sets + set) * inner + n % inner);
     }
   }
+};
+
+template <int M>
+struct OmegaArgs {
+  OmegaSlots queries, keys, states;
+  int count;  // slots of a key head
+  const float *kv, *z;
+  float *domega, *dbias;  // (sets, M, D), (sets, M) or null
+};
+
+// Adds the slots of a set of heads; a block for each feature. Exponents of queries and keys have the same bias, each
+// with the gradient of c_f + log z_f: dU_f . U_f - y_f.
+template <int M>
+__global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args) {
+  constexpr int columns = width / 4, lanes = 256 / columns;
+  __shared__ float4 sums[lanes][columns];
+  __shared__ float bias_sums[lanes];
+  const int x = threadIdx.x % columns, lane = threadIdx.x / columns;
+  const int f = blockIdx.x % M, set = blockIdx.x / M, sets = gridDim.x / M;
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  const auto add = [&sum](const float4& y) { sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z, sum.w + y.w}; };
+  args.queries.each(set, sets, lane, lanes, [&](int64_t slot) {
+    add(reinterpret_cast<const float4*>(args.queries.data)[(slot * M + f) * columns + x]);
+  });
+  args.keys.each(set, sets, lane, lanes, [&](int64_t slot) {
+    add(reinterpret_cast<const float4*>(args.keys.data)[(slot * M + f) * columns + x]);
+  });
   sums[lane][x] = sum;
+  if (args.dbias != nullptr) {
+    float bias = 0.0f;
+    args.states.each(set, sets, lane, lanes, [&](int64_t head) {
+      const float z = args.z[head * M + f], inverse = z > 0.0f ? 1.0f / z : 0.0f;
+      const float4 kv = reinterpret_cast<const float4*>(args.kv)[(head * M + f) * columns + x];
+      for (int n = 0; n < args.count; ++n) {
+        const float* part = args.states.data + (head * args.count + n) * (M * (width + 1));
+        const float4 y = reinterpret_cast<const float4*>(part)[f * columns + x];
+        bias += inverse * (y.x * kv.x + y.y * kv.y + y.z * kv.z + y.w * kv.w) - (x == 0 ? part[M * width + f] : 0.0f);
+      }
+    });
+#pragma unroll
+    for (int other = 1; other < columns; other *= 2) {
+      bias += __shfl_xor_sync(0xffffffff, bias, other);
+    }
+    if (x == 0) {
+      bias_sums[lane] = bias;
+    }
+  }
   __syncthreads();
   if (lane == 0) {
 #pragma unroll
     for (int i = 1; i < lanes; ++i) {
       add(sums[i][x]);
     }
-    domega[(static_cast<int64_t>(set) * M + f) * columns + x] = sum;
+    reinterpret_cast<float4*>(args.domega)[blockIdx.x * columns + x] = sum;
+  }
+  if (args.dbias != nullptr && threadIdx.x == 0) {
+    float bias = 0.0f;
+#pragma unroll
+    for (int i = 0; i < lanes; ++i) {
+      bias += bias_sums[i];
+    }
+    args.dbias[blockIdx.x] = 2.0f * bias;
   }
 }
 
@@ -886,7 +932,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   STD_TORCH_CHECK((kind == positive || kind == exp) && omega && !causal && eps == 0 && normalize && !cu_seqlens &&
                       !kv && !z && !log_scale && !dkv && !dz,
                   op, ": on a GPU attention must be bidirectional and normalised, by positive features or exp");
-  STD_TORCH_CHECK(!need_omega || !bias, op, ": on a GPU the omega of oprf must not require grad");
   for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}}) {
     check_like(op, argument, *x, dtype, q);
   }
@@ -927,9 +972,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   Tensor dq = new_empty(q, {B, H, L, width}, dtype), dk = new_empty(q, {B, Hk, S, width}, dtype),
          dv = new_empty(q, {B, Hk, S, width}, dtype);
   const Tensor empty = new_empty(q, {0}, dtype);
-  Tensor domega = need_omega ? new_empty(*omega, std::vector<int64_t>(omega->sizes().begin(), omega->sizes().end()),
-                                         ScalarType::Float)
-                             : empty;
+  const auto like = [&](const std::optional<Tensor>& x) {
+    return need_omega && x ? new_empty(q, std::vector<int64_t>(x->sizes().begin(), x->sizes().end()), ScalarType::Float)
+                           : empty;
+  };
+  Tensor domega = like(omega), dbias = like(bias);
   const int64_t multiprocessors = attribute(q, cudaDevAttrMultiProcessorCount);
   const int64_t query_tiles = ceil_div(L, tile), key_tiles = ceil_div(S, tile);
   const cudaStream_t stream = current_stream(q);
@@ -964,12 +1011,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     // dW of each set of heads, with slots of its own for every block.
     const int64_t sets = dims == 3 ? Hk : 1;
     Tensor parts = empty, query_omega = empty, key_omega = empty;
-    OmegaParts query_slots{}, key_slots{};
-    const auto new_slots = [&](Tensor& slots, OmegaParts& of, int64_t heads) {
+    OmegaArgs<M> sums{};
+    const auto slots_of = [&](const float* data, int64_t slots) {
+      const int64_t outer = dims == 3 ? B : 1;
+      return OmegaSlots{data, outer, slots / (outer * sets)};
+    };
+    const auto new_slots = [&](Tensor& slots, int64_t heads) {
       slots = new_empty(q, {heads * args.blocks, M, width}, ScalarType::Float);
       args.omega_parts = static_cast<float*>(slots.mutable_data_ptr());
-      const int64_t outer = dims == 3 ? B : 1;
-      of = {reinterpret_cast<const float4*>(args.omega_parts), outer, heads * args.blocks / (outer * sets)};
+      return slots_of(args.omega_parts, heads * args.blocks);
     };
     int64_t count = 0;  // slots of a key head
     if (B * H * query_tiles > 0) {
@@ -987,7 +1037,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.heads = static_cast<int>(H);
       launch(query_gradient_kernel<T, M, false>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
       if (need_omega) {
-        new_slots(query_omega, query_slots, B * H);
+        sums.queries = new_slots(query_omega, B * H);
         launch(query_gradient_kernel<T, M, true>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
       }
       if (more > 0) {
@@ -1014,14 +1064,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.count = static_cast<int>(count);
       launch(key_gradient_kernel<T, M, false>, Layout<M>::key_threads, Layout<M>::key_bytes, B * Hk);
       if (need_omega) {
-        new_slots(key_omega, key_slots, B * Hk);
+        sums.keys = new_slots(key_omega, B * Hk);
         launch(key_gradient_kernel<T, M, true>, Layout<M>::key_threads, Layout<M>::key_bytes + Layout<M>::omega_bytes,
                B * Hk, M / Layout<M>::features);
       }
     }
     if (need_omega && sets > 0) {
-      add_omega_kernel<M><<<dim3(M, static_cast<uint32_t>(sets)), 256, 0, stream>>>(
-          query_slots, key_slots, static_cast<float4*>(domega.mutable_data_ptr()));
+      if (bias && count > 0) {
+        sums.states = slots_of(args.parts, B * Hk);
+        sums.count = static_cast<int>(count);
+      }
+      sums.kv = args.kv;
+      sums.z = args.z;
+      sums.domega = static_cast<float*>(domega.mutable_data_ptr());
+      sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+      add_omega_kernel<M><<<static_cast<uint32_t>(sets * M), 256, 0, stream>>>(sums);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   };
@@ -1036,7 +1093,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     }
   };
   dtype == ScalarType::BFloat16 ? with_features(BFloat16{}) : with_features(Half{});
-  return {dq, dk, dv, domega, empty, empty, empty};
+  return {dq, dk, dv, domega, dbias, empty, empty};
 }
 
 }  // namespace linear
