@@ -225,13 +225,13 @@ __device__ __forceinline__ void add(float2& to, float x, float y, float factor) 
   to = {fmaf(x, factor, to.x), fmaf(y, factor, to.y)};
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
 __device__ __forceinline__ void swap_if(bool condition, float2& a, float2& b) {
   const float2 first = a;
   a = condition ? b : first;
   b = condition ? first : b;
 }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // The largest and the sum of a row, which four neighbouring threads hold.
 __device__ __forceinline__ float largest_of_four(float x) {
