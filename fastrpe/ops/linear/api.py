@@ -84,8 +84,8 @@ def linear_attention(
         state: the keys before the first, from an earlier call with ``return_state``; causal alone.
         return_state: give the state behind the last key too, for the next call; causal alone.
         backend: ``"reference"``, ``"native"`` (CPU; on Hopper bidirectional, normalised positive, oprf or exp features
-            in 16 bits, with D = V = 64, 64, 128 or 256 features and no gradient of omega and a), ``"triton"`` (GPU), or
-            None for the fastest that runs here.
+            in 16 bits, with D = V = 64 and 64, 128 or 256 features), ``"triton"`` (GPU), or None for the fastest that
+            runs here.
 
     Returns:
         ``(B, H, L, V)``, contiguous, of the dtype of q; with ``return_state`` a pair of it and the `State`. Rows whose
@@ -164,7 +164,7 @@ def linear_attention(
     packed, V = cu_seqlens is not None, v.shape[-1]
     limits = {"triton": _triton_limit(q.dtype, kind, causal, eps, normalize, packed, D, V, F)}
     if q.is_cuda:
-        limits["native"] = _cuda_limit(q, omega, kind, a, causal, eps, normalize, packed, D, V, F)
+        limits["native"] = _cuda_limit(q, omega, kind, causal, eps, normalize, packed, D, V, F)
     name = _resolve(op, q.device, backend, limits)
     check_no_tangents(op, ("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z))
     dtype, weighted = q.dtype, not normalize and kind in SOFTMAX
@@ -285,8 +285,8 @@ def _power(n: int) -> int:
 
 
 def _cuda_limit(
-    q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, causal: bool, eps: float, normalize: bool,
-    packed: bool, D: int, V: int, F: int,
+    q: Tensor, omega: Tensor | None, kind: str, causal: bool, eps: float, normalize: bool, packed: bool, D: int, V: int,
+    F: int,
 ) -> str:  # fmt: skip
     """What keeps the CUDA kernels from a call, or an empty string."""
     dtype = q.dtype
@@ -300,8 +300,6 @@ def _cuda_limit(
         return "causal or packed sequences, eps, or sums that are not normalised"
     if D != 64 or V != 64 or F not in (64, 128, 256):
         return f"D={D}, V={V} and F={F}"
-    if torch.is_grad_enabled() and (omega.requires_grad or (a is not None and a.requires_grad)):
-        return "an omega or a that requires grad"
     return "" if is_hopper(q.get_device()) else "a GPU whose compute capability is not 9"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
 from . import reference
@@ -31,15 +32,20 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _kernel(name: str, backend: str) -> Callable[..., Any]:
-    """The kernel of a backend; ``kind`` is a name to Triton's and an index of KINDS to the native library's."""
+    """The kernel of a backend; `_code` says what it calls a kind."""
     if backend == "triton":
         from . import triton_impl
 
         kernel: Callable[..., Any] = getattr(triton_impl, name)
         return kernel
-    native = getattr(torch.ops.fastrpe_native, name).default
-    return lambda *args: native(*(KINDS.index(x) if isinstance(x, str) else x for x in args))
+    native: Callable[..., Any] = getattr(torch.ops.fastrpe_native, name).default
+    return native
+
+
+def _code(kind: str, backend: str) -> str | int:
+    return KINDS.index(kind) if backend == "native" else kind
 
 
 def _prepare(
@@ -114,7 +120,7 @@ def _linear_attention(
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
     results: Results = _kernel("linear_attention", backend)(
-        q, k, v, omega, kind, causal, scale, bias, eps, normalize, *rest
+        q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest
     )
     return results
 
@@ -153,8 +159,8 @@ def _linear_attention_bwd(
         dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
     dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(
-        dout, *_contiguous(dkv, dz), q, k, v, prepared, kernel_kind, causal, scale, bias, eps, normalize, *rest,
-        need_omega,
+        dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,
+        normalize, *rest, need_omega,
     )  # fmt: skip
     da = q.new_empty(0)
     if kv is None:
@@ -262,10 +268,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("fastrpe::linear_attention", _backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd(
-    "fastrpe::linear_attention_bwd", _no_double_backward, setup_context=_setup_nothing, lib=LIB
-)
+register_autograd(LIB, "linear_attention", _linear_attention, _setup, _backward)
+register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _setup_nothing, _no_double_backward)
 
 
 # Autocast: q, k and v go to the autocast dtype, as in scaled_dot_product_attention; omega, a and the state stay -------
