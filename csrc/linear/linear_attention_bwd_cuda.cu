@@ -188,6 +188,19 @@ __device__ __forceinline__ void multiply_warp(float (&c)[4], const uint32_t (&a)
   }
 }
 
+// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
+__device__ __forceinline__ void let_next_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The place of a block: its head, and tiles [begin, end) of it.
 struct Place {
   int64_t head, i_b;
@@ -268,6 +281,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   const int named = warp * 16 + lane % 16, half = lane / 16;
   float dmeans[F / 2] = {};  // dU^T or dW^T, 64 x F
   float common = 1.0f;       // what the latter is divided by
+  let_next_begin();
   float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
@@ -525,6 +539,8 @@ __global__ void __launch_bounds__(128)
   if (i >= heads * size) {
     return;
   }
+  let_next_begin();
+  wait_for_previous();
   const float4* part = parts + i / size * count * size + i % size;
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
@@ -578,7 +594,8 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
   for (int i = 1; i < Of::key_stages; ++i) {
     start_next();
   }
-  float back = 1.0f;  // what undoes the scaling of float16
+  wait_for_previous();  // which sums dU and y; k, v and omega are older
+  float back = 1.0f;    // what undoes the scaling of float16
   {
     const float* part = args.parts + at.head * args.count * (M * (width + 1));
     constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
@@ -983,12 +1000,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   const auto run = [&](auto zero, auto features) {
     using T = decltype(zero);
     constexpr int M = features;
+    using Of = Layout<M>;
     constexpr int size = M * (width + 1);
     const auto prepared = [&](const Tensor& x) {
       const Tensor y = is_aligned<T>(x) ? x : torch::stable::contiguous(x);
       STD_TORCH_CHECK(is_aligned<T>(y), op, ": rows of q, k, v and dout must be aligned to 16 bytes");
       return y;
     };
+    const Tensor queries = prepared(q), gradients = prepared(dout), keys = prepared(k), values = prepared(v);
     Args<T> args{};
     args.omega = omega->const_data_ptr();
     args.wide_omega = wide_omega;
@@ -1001,12 +1020,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     args.groups = Hk > 0 ? static_cast<int>(H / Hk) : 1;
     args.scale = static_cast<float>(scale);
     args.norm = kind == positive ? 1.0f : 0.0f;
-    const auto launch = [&](auto kernel, int threads, size_t bytes, int64_t heads, int chunks = 1) {
-      const int64_t blocks = heads * args.blocks;
+    bool overlaps = false;  // the kernel before is one of these, and may end while the next begins
+    const auto launch = [&](auto kernel, int64_t blocks, int chunks, int threads, size_t bytes, auto... arguments) {
       STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B and H must be smaller");
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      kernel<<<dim3(static_cast<uint32_t>(blocks), chunks), threads, bytes, stream>>>(args);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<uint32_t>(blocks), chunks);
+      config.blockDim = dim3(threads);
+      config.dynamicSmemBytes = bytes;
+      config.stream = stream;
+      config.attrs = &attribute;
+      config.numAttrs = overlaps ? 1 : 0;
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
     };
     // dW of each set of heads, with slots of its own for every block.
     const int64_t sets = dims == 3 ? Hk : 1;
@@ -1023,37 +1051,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     };
     int64_t count = 0;  // slots of a key head
     if (B * H * query_tiles > 0) {
-      args.share = share_of(query_tiles, B * H, multiprocessors * Layout<M>::query_blocks, 4);
+      args.share = share_of(query_tiles, B * H, multiprocessors * Of::query_blocks, 4);
       args.blocks = ceil_div(query_tiles, args.share);
       count = static_cast<int64_t>(args.groups) * args.blocks;
-      const int64_t slots = B * H * args.blocks, more = count > 4 ? B * Hk : 0;
+      const int64_t slots = B * H * args.blocks, more = count > 2 ? B * Hk : 0;
       parts = new_empty(q, {slots + more, size}, ScalarType::Float);
-      const Tensor queries = prepared(q), gradients = prepared(dout);
       args.x = rows_of<T>(queries);
       args.y = rows_of<T>(gradients);
       args.parts = static_cast<float*>(parts.mutable_data_ptr());
       args.dx = static_cast<T*>(dq.mutable_data_ptr());
       args.length = L;
       args.heads = static_cast<int>(H);
-      launch(query_gradient_kernel<T, M, false>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
       if (need_omega) {
         sums.queries = new_slots(query_omega, B * H);
-        launch(query_gradient_kernel<T, M, true>, Layout<M>::query_threads, Layout<M>::query_bytes, B * H);
+        launch(query_gradient_kernel<T, M, true>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
       }
+      launch(query_gradient_kernel<T, M, false>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+      overlaps = true;
       if (more > 0) {
-        float* sums = args.parts + slots * size;
-        add_parts_kernel<<<ceil_div(more * (size / 4), 128), 128, 0, stream>>>(
-            reinterpret_cast<const float4*>(args.parts), reinterpret_cast<float4*>(sums), more, static_cast<int>(count),
-            size / 4);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-        args.parts = sums;
+        const auto* from = reinterpret_cast<const float4*>(args.parts);
+        args.parts += slots * size;
+        launch(add_parts_kernel, ceil_div(more * (size / 4), 128), 1, 128, 0, from,
+               reinterpret_cast<float4*>(args.parts), more, static_cast<int>(count), size / 4);
         count = 1;
       }
     }
     if (B * Hk * key_tiles > 0) {
-      args.share = share_of(key_tiles, B * Hk, multiprocessors * Layout<M>::key_blocks, 2);
+      args.share = share_of(key_tiles, B * Hk, multiprocessors * Of::key_blocks, 2);
       args.blocks = ceil_div(key_tiles, args.share);
-      const Tensor keys = prepared(k), values = prepared(v);
       args.x = rows_of<T>(keys);
       args.y = rows_of<T>(values);
       args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
@@ -1062,11 +1087,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.length = S;
       args.heads = static_cast<int>(Hk);
       args.count = static_cast<int>(count);
-      launch(key_gradient_kernel<T, M, false>, Layout<M>::key_threads, Layout<M>::key_bytes, B * Hk);
+      launch(key_gradient_kernel<T, M, false>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
       if (need_omega) {
+        overlaps = false;
         sums.keys = new_slots(key_omega, B * Hk);
-        launch(key_gradient_kernel<T, M, true>, Layout<M>::key_threads, Layout<M>::key_bytes + Layout<M>::omega_bytes,
-               B * Hk, M / Layout<M>::features);
+        launch(key_gradient_kernel<T, M, true>, B * Hk * args.blocks, M / Of::features, Of::key_threads,
+               Of::key_bytes + Of::omega_bytes, args);
       }
     }
     if (need_omega && sets > 0) {
@@ -1078,8 +1104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       sums.z = args.z;
       sums.domega = static_cast<float*>(domega.mutable_data_ptr());
       sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
-      add_omega_kernel<M><<<static_cast<uint32_t>(sets * M), 256, 0, stream>>>(sums);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      overlaps = false;
+      launch(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
     }
   };
   const auto with_features = [&](auto zero) {
