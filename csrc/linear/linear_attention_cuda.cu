@@ -671,7 +671,7 @@ Division divide(int64_t heads, int64_t S, int64_t row_tiles, int multiprocessors
   for (int share = 1; share <= std::min<int64_t>(largest_cluster, std::max<int64_t>(key_tiles, 1)); ++share) {
     // A cluster lies within one of the parts of the chip that have 16 multiprocessors or more.
     const int64_t resident =
-        share == 1 ? multiprocessors * Of::blocks : multiprocessors / 16 * (16 * Of::blocks / share);
+        share == 1 ? multiprocessors * Of::blocks : std::max(multiprocessors / 16 * (16 * Of::blocks / share), 1);
     const int64_t time = ceil_div(heads, resident) * work(share);
     if (time <= least) {
       least = time;
