@@ -27,8 +27,6 @@ namespace {
 constexpr int tile = 64;                // queries or keys that a block takes at a time
 constexpr int width = 64;               // D and V
 constexpr int slab = tile * width / 8;  // 16-byte pieces of a tile
-constexpr float log2e = 1.4426950408889634f;
-constexpr float none = -1e30f;  // the exponent of what takes no part
 
 // Rows of a head of q, k, v or dout, numbers of a row side by side.
 template <typename T>
@@ -67,16 +65,31 @@ struct Layout {
   static constexpr int query_threads = 128 * groups, key_threads = 128;
   static constexpr int matrix = M * width / 8;  // pieces of (M, 64) 16-bit values
   static constexpr int query_stages = 3, key_stages = 2;
-  static constexpr int query_blocks = M > 128  ? 1
-                                      : M > 64 ? 2
-                                               : 3,
-                       key_blocks = M > 128 ? 2 : 3;                                 // of a multiprocessor
-  static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;  // numbers between warpgroups
+  static constexpr int query_blocks = M > 64 ? 256 / M : 3, key_blocks = M > 128 ? 2 : 3;  // of a multiprocessor
+  static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;        // numbers between warpgroups
   static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
   static constexpr int omega_blocks = M > 128 ? 1 : 2;               // of keys
   static constexpr size_t omega_bytes = 16 * (tile * features / 8);  // that those need more
   static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
 };
+
+// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
+__device__ __forceinline__ void let_next_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr float log2e = 1.4426950408889634f;
+constexpr float none = -1e30f;  // the exponent of what takes no part
 
 // Where the 16 bytes number u of a row lie, as the tensor cores read them.
 __device__ __forceinline__ int piece(int row, int u) {
@@ -188,19 +201,6 @@ __device__ __forceinline__ void multiply_warp(float (&c)[4], const uint32_t (&a)
   }
 }
 
-// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
-__device__ __forceinline__ void let_next_begin() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // The place of a block: its head, and tiles [begin, end) of it.
 struct Place {
   int64_t head, i_b;
@@ -215,6 +215,8 @@ struct Place {
     end = static_cast<int>(min(static_cast<int64_t>(begin) + args.share, (args.length + tile - 1) / tile));
   }
 };
+
+#endif
 
 // Queries -------------------------------------------------------------------------------------------------------------
 

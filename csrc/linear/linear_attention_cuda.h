@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(const Tensor& q
                                                                  const std::optional<Tensor>& z,   // (N, Hk, F)
                                                                  const std::optional<Tensor>& log_scale);  // as z
 
-// Gradients of q, k, v, omega, bias, kv and z; an empty tensor where there is nothing or no need.
+// Gradients of q, k, v, omega, bias, kv and z; an empty tensor where there is nothing or no need. Of the same cases,
+// from the forward's state, which has no gradient of its own; those of omega and bias are float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd_cuda(
     const Tensor& dout,                // (B, H, L, V)
     const std::optional<Tensor>& dkv,  // (N, Hk, F, V)
