@@ -35,14 +35,83 @@ __device__ __forceinline__ void copies_visible() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for the shared memory of all blocks of a cluster.
+__device__ __forceinline__ void cluster_visible() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// 2^x within 2 ulp; tiny results are 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two neighbouring 16-bit values, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  uint32_t y;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+  }
+  return y;
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// Of the 128 threads of warpgroup i.
+__device__ __forceinline__ void warpgroup_barrier(int i) {
+  asm volatile("bar.sync %0, 128;" ::"r"(i + 1) : "memory");
+}
+
+// Of all threads of a cluster's blocks, which see what the others wrote to their shared memory before.
+__device__ __forceinline__ void cluster_barrier() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where the shared memory of another block of the cluster has what lies at p in this one's.
+__device__ __forceinline__ uint32_t peer(const void* p, int block) {
+  uint32_t y;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(y)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(block));
+  return y;
+}
+
+__device__ __forceinline__ float4 load_peer4(uint32_t from) {
+  float4 y;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
+               : "r"(from)
+               : "memory");
+  return y;
+}
+
+__device__ __forceinline__ float load_peer(uint32_t from) {
+  float y;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(from) : "memory");
+  return y;
+}
+
+__device__ __forceinline__ void store_peer(uint32_t to, uint4 x) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_peer(uint32_t to, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+
 // An operand in shared memory: rows of 64 16-bit values along the inner index, the 16-byte piece u of row i at
-// u ^ i % 8. `p` is aligned to 1024 bytes, or lies 32 bytes further for each step of 16 values.
-__device__ __forceinline__ uint64_t operand(const void* p) {
+// u ^ i % 8. `p` is aligned to 1024 bytes, or lies 32 bytes further for each step of 16 values. An operand named in
+// Inner, below, of 128 rows or columns of the product has the second 64 of them `slab` bytes further.
+__device__ __forceinline__ uint64_t operand(const void* p, uint32_t slab = 16) {
   constexpr uint64_t eight_rows = 1024 / 16, swizzle_128 = 1;
   const uint64_t address = __cvta_generic_to_shared(p);
-  return address / 16 | uint64_t{1} << 16 | eight_rows << 32 | swizzle_128 << 62;
+  return address / 16 | static_cast<uint64_t>(slab / 16) << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
 
 // Before the first product, and where other instructions have written a product's registers.
@@ -54,9 +123,10 @@ __device__ __forceinline__ void products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits for all products; c, which they wrote, may be read from here on.
-__device__ __forceinline__ void products_wait(float (&c)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Waits until at most N groups of products are under way; c, which an older one wrote, may be read from here on.
+template <int N = 0, int R>
+__device__ __forceinline__ void products_wait(float (&c)[R]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #pragma unroll
   for (float& x : c) {
     asm volatile("" : "+f"(x)::"memory");
@@ -64,43 +134,113 @@ __device__ __forceinline__ void products_wait(float (&c)[32]) {
 }
 
 // clang-format off
-#define FASTRPE_WGMMA(TYPE, A, B, ADD, TRANSPOSE, ...)                                                                \
+#define FASTRPE_REGISTERS_64                                                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                   \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTRPE_OUTPUTS_64                                                                                            \
+  "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),                                 \
+  "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),                             \
+  "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]),                                       \
+  "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]),                                       \
+  "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+#define FASTRPE_REGISTERS_128                                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                   \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "                   \
+  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "                   \
+  "%59, %60, %61, %62, %63"
+#define FASTRPE_OUTPUTS_128                                                                                           \
+  "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),                                 \
+  "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),                             \
+  "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]),                                       \
+  "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]),                                       \
+  "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),                                       \
+  "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]),                                       \
+  "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]),                                       \
+  "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]),                                       \
+  "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),                                       \
+  "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]),                                       \
+  "+f"(c[62]), "+f"(c[63])
+#define FASTRPE_WGMMA(COLUMNS, TYPE, A, B, ADD, TRANSPOSE, ...)                                                       \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                                       \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                            \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "    \
-               "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " A ", " B ", p, 1, 1" TRANSPOSE ";\n}"       \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),      \
-                 "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]),             \
-                 "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]),           \
-                 "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]),           \
-                 "+f"(c[29]), "+f"(c[30]), "+f"(c[31])                                                                \
+               "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                  \
+               " {" FASTRPE_REGISTERS_##COLUMNS "}, " A ", " B ", p, 1, 1" TRANSPOSE ";\n}"                           \
+               : FASTRPE_OUTPUTS_##COLUMNS                                                                            \
                : __VA_ARGS__)
+#define FASTRPE_MEMORY_64(TYPE, TRANSPOSE)                                                                            \
+  FASTRPE_WGMMA(64, TYPE, "%32", "%33", "%34", TRANSPOSE, "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define FASTRPE_MEMORY_128(TYPE, TRANSPOSE)                                                                           \
+  FASTRPE_WGMMA(128, TYPE, "%64", "%65", "%66", TRANSPOSE, "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define FASTRPE_FRAGMENT_64(TYPE, TRANSPOSE)                                                                          \
+  FASTRPE_WGMMA(64, TYPE, "{%32, %33, %34, %35}", "%36", "%37", TRANSPOSE,                                            \
+                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+#define FASTRPE_FRAGMENT_128(TYPE, TRANSPOSE)                                                                         \
+  FASTRPE_WGMMA(128, TYPE, "{%64, %65, %66, %67}", "%68", "%69", TRANSPOSE,                                           \
+                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 // clang-format on
 
-// c (64 x 64) = a b, or c + a b if `add`, over 16 of the inner index, in the background until products_wait. Thread
-// (g, t) = (lane / 4, lane % 4) of warp w holds rows 16 w + g (registers 4 j and 4 j + 1) and 16 w + g + 8 (4 j + 2 and
-// 4 j + 3), columns 8 j + 2 t and the next. The rows of an operand in memory are those of c's rows or columns; of an
-// operand named here, those of the inner index: it holds 16 rows of 64 values.
-enum class Inner { none, b, both };
+// An operand in memory has the rows of c's rows or columns; one named here, those of the inner index: it holds 16 rows
+// of 64 values (and 16 more a slab away).
+enum class Inner { none, a, b, both };
 
-template <typename T, Inner Rows = Inner::none>
-__device__ __forceinline__ void multiply(float (&c)[32], uint64_t a, uint64_t b, bool add) {
-#define FASTRPE_MULTIPLY(TYPE)                                                                      \
-  if constexpr (Rows == Inner::none) {                                                              \
-    FASTRPE_WGMMA(TYPE, "%32", "%33", "%34", ", 0, 0", "l"(a), "l"(b), "r"(static_cast<int>(add))); \
-  } else if constexpr (Rows == Inner::b) {                                                          \
-    FASTRPE_WGMMA(TYPE, "%32", "%33", "%34", ", 0, 1", "l"(a), "l"(b), "r"(static_cast<int>(add))); \
-  } else {                                                                                          \
-    FASTRPE_WGMMA(TYPE, "%32", "%33", "%34", ", 1, 1", "l"(a), "l"(b), "r"(static_cast<int>(add))); \
+// c (64 x 2 R) = a b, or c + a b if `add`, over 16 of the inner index, in the background until products_wait. Thread
+// (g, t) = (lane / 4, lane % 4) of warp w holds rows 16 w + g (registers 4 j and 4 j + 1) and 16 w + g + 8 (4 j + 2 and
+// 4 j + 3), columns 8 j + 2 t and the next.
+template <typename T, Inner Rows = Inner::none, int R>
+__device__ __forceinline__ void multiply(float (&c)[R], uint64_t a, uint64_t b, bool add) {
+  static_assert(R == 32 || R == 64);
+#define FASTRPE_MULTIPLY(TYPE, COLUMNS)       \
+  if constexpr (Rows == Inner::none) {        \
+    FASTRPE_MEMORY_##COLUMNS(TYPE, ", 0, 0"); \
+  } else if constexpr (Rows == Inner::a) {    \
+    FASTRPE_MEMORY_##COLUMNS(TYPE, ", 1, 0"); \
+  } else if constexpr (Rows == Inner::b) {    \
+    FASTRPE_MEMORY_##COLUMNS(TYPE, ", 0, 1"); \
+  } else {                                    \
+    FASTRPE_MEMORY_##COLUMNS(TYPE, ", 1, 1"); \
   }
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    FASTRPE_MULTIPLY("bf16")
+  if constexpr (std::is_same_v<T, BFloat16> && R == 32) {
+    FASTRPE_MULTIPLY("bf16", 64)
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTRPE_MULTIPLY("bf16", 128)
+  } else if constexpr (R == 32) {
+    FASTRPE_MULTIPLY("f16", 64)
   } else {
-    FASTRPE_MULTIPLY("f16")
+    FASTRPE_MULTIPLY("f16", 128)
   }
 #undef FASTRPE_MULTIPLY
 }
 
+// The same with a in registers, of 16 columns, where c's own would be: pairs of columns 2 t and 2 t + 8 of rows g and
+// g + 8, in the order (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8). They may not change before products_wait.
+template <typename T, Inner Rows = Inner::none, int R>
+__device__ __forceinline__ void multiply(float (&c)[R], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert((R == 32 || R == 64) && (Rows == Inner::none || Rows == Inner::b));
+#define FASTRPE_MULTIPLY(TYPE, COLUMNS)      \
+  if constexpr (Rows == Inner::none) {       \
+    FASTRPE_FRAGMENT_##COLUMNS(TYPE, ", 0"); \
+  } else {                                   \
+    FASTRPE_FRAGMENT_##COLUMNS(TYPE, ", 1"); \
+  }
+  if constexpr (std::is_same_v<T, BFloat16> && R == 32) {
+    FASTRPE_MULTIPLY("bf16", 64)
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTRPE_MULTIPLY("bf16", 128)
+  } else if constexpr (R == 32) {
+    FASTRPE_MULTIPLY("f16", 64)
+  } else {
+    FASTRPE_MULTIPLY("f16", 128)
+  }
+#undef FASTRPE_MULTIPLY
+}
+
+#undef FASTRPE_FRAGMENT_128
+#undef FASTRPE_FRAGMENT_64
+#undef FASTRPE_MEMORY_128
+#undef FASTRPE_MEMORY_64
+#undef FASTRPE_OUTPUTS_128
+#undef FASTRPE_OUTPUTS_64
+#undef FASTRPE_REGISTERS_128
+#undef FASTRPE_REGISTERS_64
 #undef FASTRPE_WGMMA
 #endif
 

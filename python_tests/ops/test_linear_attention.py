@@ -713,9 +713,11 @@ def test_limits_of_the_triton_kernels(options: dict[str, Any], limit: str) -> No
 
 
 @pytest.mark.gpu
-def test_native_is_for_a_cpu() -> None:
-    with pytest.raises(NotImplementedError, match="linear_attention: backend must be 'reference' or 'triton' on cuda"):
-        linear_attention(**inputs(device="cuda"), backend="native")
+def test_native_names_who_can() -> None:
+    for dtype, others in ((torch.float64, "'reference'"), (torch.float32, "'triton' or 'reference'")):
+        message = f"linear_attention: backend must be {others} for {str(dtype)[6:]}, got 'native'"
+        with pytest.raises(NotImplementedError, match=message):
+            linear_attention(**inputs(device="cuda", dtype=dtype), backend="native")
 
 
 def test_forward_mode_is_refused() -> None:

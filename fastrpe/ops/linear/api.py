@@ -18,7 +18,7 @@ from ...checks import (
     wrong_type,
 )
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
-from .op import KINDS
+from .op import KINDS, is_hopper
 from .reference import EMPTY
 
 
@@ -83,7 +83,9 @@ def linear_attention(
             ``torch.nn.functional.pad(lengths.cumsum(0), (1, 0))``. Tokens outside give zeros.
         state: the keys before the first, from an earlier call with ``return_state``; causal alone.
         return_state: give the state behind the last key too, for the next call; causal alone.
-        backend: ``"reference"``, ``"native"`` (CPU), ``"triton"`` (GPU), or None for the fastest that runs here.
+        backend: ``"reference"``, ``"native"`` (CPU; on Hopper bidirectional, normalised positive, oprf or exp features
+            in 16 bits, with D = V = 64 and 64, 128 or 256 features), ``"triton"`` (GPU), or None for the fastest that
+            runs here.
 
     Returns:
         ``(B, H, L, V)``, contiguous, of the dtype of q; with ``return_state`` a pair of it and the `State`. Rows whose
@@ -159,8 +161,11 @@ def linear_attention(
         if kind in EXPONENTIAL:  # where there is no key yet, whatever scale was given
             log_scale = torch.where(z == 0, EMPTY, log_scale)
     F = size_of(q, omega, kind)
-    limit = _triton_limit(q.dtype, kind, causal, eps, normalize, cu_seqlens is not None, D, v.shape[-1], F)
-    name = _resolve(op, q.device, backend, limit)
+    packed, V = cu_seqlens is not None, v.shape[-1]
+    limits = {"triton": _triton_limit(q.dtype, kind, causal, eps, normalize, packed, D, V, F)}
+    if q.is_cuda:
+        limits["native"] = _cuda_limit(q, omega, kind, causal, eps, normalize, packed, D, V, F)
+    name = _resolve(op, q.device, backend, limits)
     check_no_tangents(op, ("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z))
     dtype, weighted = q.dtype, not normalize and kind in SOFTMAX
     if weighted and not autocast:  # by the features' constant, before the one rounding
@@ -279,13 +284,31 @@ def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length()) if n else 16
 
 
-def _resolve(op: str, device: torch.device, backend: str | None, limit: str) -> str:
-    """Native kernels are for a CPU; Triton's for a GPU, if they are named: they have not been timed on one yet."""
-    name = resolve(op, device, backend, ("native",) if device.type == "cpu" else ())
-    if name == "native" and device.type != "cpu":
-        raise NotImplementedError(
-            f"{op}: backend must be 'reference' or 'triton' on {device.type}, got 'native', which is for a CPU"
-        )
-    if name == "triton" and limit:
-        raise NotImplementedError(f"{op}: backend must be 'reference' for {limit}, got 'triton'")
+def _cuda_limit(
+    q: Tensor, omega: Tensor | None, kind: str, causal: bool, eps: float, normalize: bool, packed: bool, D: int, V: int,
+    F: int,
+) -> str:  # fmt: skip
+    """What keeps the CUDA kernels from a call, or an empty string."""
+    dtype = q.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    if dtype not in (torch.float16, torch.bfloat16):
+        return str(dtype).removeprefix("torch.")
+    if omega is None or kind not in ("positive", "oprf", "exp"):
+        return f"kind {kind!r}" if omega is not None else f"kind {kind!r} without a projection"
+    if causal or packed or eps or not normalize:
+        return "causal or packed sequences, eps, or sums that are not normalised"
+    if D != 64 or V != 64 or F not in (64, 128, 256):
+        return f"D={D}, V={V} and F={F}"
+    return "" if is_hopper(q.get_device()) else "a GPU whose compute capability is not 9"
+
+
+def _resolve(op: str, device: torch.device, backend: str | None, limits: dict[str, str]) -> str:
+    """The first that can: kernels for Hopper, then Triton's, of which a Performer's forward takes twice as long."""
+    order = ("native", "triton") if device.type == "cuda" else ("native",)
+    name = resolve(op, device, backend, tuple(b for b in order if not limits.get(b)))
+    limit = limits.get(name)
+    if limit:
+        others = [*(b for b in limits if not limits[b]), "reference"]
+        raise NotImplementedError(f"{op}: backend must be {' or '.join(map(repr, others))} for {limit}, got {name!r}")
     return name

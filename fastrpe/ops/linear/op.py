@@ -1,11 +1,13 @@
 """The operator of linear attention: schema, kernel table, fake, autograd, autocast and vmap rules."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..autograd import register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
 from . import reference
@@ -30,18 +32,25 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _kernel(name: str, backend: str) -> Callable[..., Any]:
-    """The kernel of a backend; ``kind`` is a name to Triton's and an index of KINDS to the native library's."""
+    """The kernel of a backend; `_code` says what it calls a kind."""
     if backend == "triton":
         from . import triton_impl
 
         kernel: Callable[..., Any] = getattr(triton_impl, name)
         return kernel
-    native = getattr(torch.ops.fastrpe_native, name).default
-    return lambda *args: native(*(KINDS.index(x) if isinstance(x, str) else x for x in args))
+    native: Callable[..., Any] = getattr(torch.ops.fastrpe_native, name).default
+    return native
 
 
-def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
+def _code(kind: str, backend: str) -> str | int:
+    return KINDS.index(kind) if backend == "native" else kind
+
+
+def _prepare(
+    q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, backend: str
+) -> tuple[Tensor | None, Tensor | None, str]:
     """What kernels take: a projection, rounded to q's dtype, a bias of the exponents in that of the arithmetic, and
     their kind.
 
@@ -53,8 +62,31 @@ def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None) -> tu
     if kind == "oprf" and a is not None:
         wide, a, kind = omega.to(acc), a.to(acc), "positive"
         omega, bias = wide * (1 - 4 * a) ** 0.5, (a * wide.square().sum(-1)).contiguous()
-    omega = omega.to(q.dtype)
-    return (omega.to(acc) if q.device.type == "cpu" else omega).contiguous(), bias, kind
+    if q.device.type == "cpu":
+        omega = omega.to(q.dtype).to(acc)
+    elif backend == "native":  # which rounds a projection in float32 as it reads it
+        omega = _aligned(omega if omega.dtype == torch.float32 else omega.to(q.dtype))
+    else:
+        omega = omega.to(q.dtype)
+    return omega.contiguous(), bias, kind
+
+
+def is_hopper(device: int) -> bool:
+    if torch.compiler.is_compiling():
+        return bool(torch.cuda.get_device_properties(device).major == 9)
+    return _is_hopper(device)
+
+
+@functools.cache  # asking takes longer than a launch
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_properties(device).major == 9
+
+
+def _aligned(x: Tensor) -> Tensor:
+    *outer, inner = x.stride()
+    if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -83,10 +115,12 @@ def _linear_attention(
         return reference.linear_attention(
             q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
         )
-    omega, bias, kind = _prepare(q, omega, kind, a)
+    omega, bias, kind = _prepare(q, omega, kind, a, backend)
+    if backend == "native" and q.is_cuda:
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
     results: Results = _kernel("linear_attention", backend)(
-        q, k, v, omega, kind, causal, scale, bias, eps, normalize, *rest
+        q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest
     )
     return results
 
@@ -120,11 +154,13 @@ def _linear_attention_bwd(
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
-    prepared, bias, kernel_kind = _prepare(q, omega, kind, a)
+    prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
+    if backend == "native" and q.is_cuda:
+        dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
     dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(
-        dout, *_contiguous(dkv, dz), q, k, v, prepared, kernel_kind, causal, scale, bias, eps, normalize, *rest,
-        need_omega,
+        dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,
+        normalize, *rest, need_omega,
     )  # fmt: skip
     da = q.new_empty(0)
     if kv is None:
@@ -232,10 +268,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("fastrpe::linear_attention", _backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd(
-    "fastrpe::linear_attention_bwd", _no_double_backward, setup_context=_setup_nothing, lib=LIB
-)
+register_autograd(LIB, "linear_attention", _linear_attention, _setup, _backward)
+register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _setup_nothing, _no_double_backward)
 
 
 # Autocast: q, k and v go to the autocast dtype, as in scaled_dot_product_attention; omega, a and the state stay -------

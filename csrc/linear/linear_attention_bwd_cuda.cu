@@ -1,0 +1,1128 @@
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "../common/cuda.cuh"
+#include "../common/hopper.cuh"
+#include "linear_attention_cuda.h"
+
+// Gradients of bidirectional, normalised attention by exponential features. It is softmax attention twice: feature f
+// has the mean U_f of the values over keys, with weights a_jf = phi_f(k_j) / sum_j phi_f(k_j), and a query has the mean
+// of U over features, with weights w_if. Backwards as forwards, both have weights of at most 1, whatever the exponents:
+//
+//   queries   dS = dout U^T,  delta = sum_f w dS,  ds = w (dS - delta),  dq = scale ds W
+//   features  dU_f = sum_i w_if dout_i,  y_f = sum_i w_if delta_i
+//   keys      dv = a dU,  ds = a (v dU^T - y),  dk = scale ds W - scale^2 k sum_f ds
+//
+// One kernel takes queries, another keys, each in one pass over memory; for dW = scale (ds^T q + ds^T k) both take
+// another pass. A block leaves its part of dU and y, or of dW, in a slot of its own; slots are added in order, so the
+// result is deterministic.
+namespace fastrpe {
+namespace linear {
+namespace {
+
+constexpr int tile = 64;                // queries or keys that a block takes at a time
+constexpr int width = 64;               // D and V
+constexpr int slab = tile * width / 8;  // 16-byte pieces of a tile
+
+// Rows of a head of q, k, v or dout, numbers of a row side by side.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t b, h, l;
+
+  __device__ __forceinline__ const T* at(int64_t i_b, int64_t i_h) const {
+    return data + i_b * b + i_h * h;
+  }
+};
+
+template <typename T>
+struct Args {
+  Rows<T> x, y;       // q and dout, or k and v
+  const void* omega;  // (M, D) or (Hk, M, D), of T or float
+  const float* bias;  // (M,) or (Hk, M), or null
+  int64_t omega_h, bias_h;
+  const float *kv, *z, *log_scale;  // (B, Hk, M, V) and (B, Hk, M)
+  const bool* mask;                 // of keys, (B, S), or null
+  float* parts;                     // slots of dU and y, (B, H, blocks, M (V + 1)), or (B, Hk, count, M (V + 1))
+  float* omega_parts;               // slots of dW, (B, H or Hk, blocks, M, D)
+  T *dx, *dy;                       // dq, or dk and dv; contiguous
+  int64_t length;
+  int heads, groups;  // heads of x, and query heads of a key head
+  int blocks, share;  // of a head, and the tiles that a block takes
+  int count;
+  float scale, norm;  // norm is 1 where exponents have -|x|^2 / 2, else 0
+  bool wide_omega;
+};
+
+template <int M>
+struct Layout {
+  static constexpr int features = M > 128 ? 128 : M;  // of a warpgroup's products
+  static constexpr int groups = M / features;         // warpgroups that share a tile of queries
+  static constexpr int query_threads = 128 * groups, key_threads = 128;
+  static constexpr int matrix = M * width / 8;  // pieces of (M, 64) 16-bit values
+  static constexpr int query_stages = 3, key_stages = 2;
+  static constexpr int query_blocks = M > 64 ? 256 / M : 3, key_blocks = M > 128 ? 2 : 3;  // of a multiprocessor
+  static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;        // numbers between warpgroups
+  static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
+  static constexpr int omega_blocks = M > 128 ? 1 : 2;               // of keys
+  static constexpr size_t omega_bytes = 16 * (tile * features / 8);  // that those need more
+  static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
+};
+
+// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
+__device__ __forceinline__ void let_next_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr float log2e = 1.4426950408889634f;
+constexpr float none = -1e30f;  // the exponent of what takes no part
+
+// Where the 16 bytes number u of a row lie, as the tensor cores read them.
+__device__ __forceinline__ int piece(int row, int u) {
+  return row * 8 + (u ^ row % 8);
+}
+
+// Starts to copy a tile of which `count` rows are there, those that the mask leaves out as zeros.
+template <int Threads, typename T>
+__device__ __forceinline__ void fetch(const T* from, int64_t step, int count, uint4* to, const bool* mask = nullptr) {
+  const int u = threadIdx.x % 8, i = threadIdx.x / 8;
+  const T* source = from + i * step + u * 8;
+#pragma unroll
+  for (int n = 0; n < tile; n += Threads / 8) {
+    const bool inside = n + i < count && (mask == nullptr || mask[n + i]);
+    copy_async<16>(to + piece(n + i, u), inside ? source : from, inside);
+    source += Threads / 8 * step;
+  }
+}
+
+template <int M, int Threads, typename T>
+__device__ __forceinline__ void fill_omega(const Args<T>& args, int i_k, uint4* to) {
+  const int64_t start = i_k * args.omega_h;
+#pragma unroll
+  for (int n = threadIdx.x; n < M * 8; n += Threads) {
+    if (args.wide_omega) {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
+      const float4 x = from[0], y = from[1];
+      to[piece(n / 8, n % 8)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
+    } else {
+      copy_async<16>(to + piece(n / 8, n % 8), static_cast<const T*>(args.omega) + start + n * 8, true);
+    }
+  }
+}
+
+// Copies pieces [u, u + Pieces) of a warp's 16 rows from `first` on to memory, as far as the tile's `count` rows are
+// there.
+template <int Pieces, typename T>
+__device__ __forceinline__ void store_rows(const uint4* from, int first, int u, int count, T* to) {
+  u += threadIdx.x % Pieces;
+#pragma unroll
+  for (int n = 0; n < 16; n += 32 / Pieces) {
+    const int row = first + n + threadIdx.x % 32 / Pieces;
+    if (row < count) {
+      *reinterpret_cast<uint4*>(to + row * width + u * 8) = from[piece(row, u)];
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&x));
+  }
+}
+
+// Over the 4 threads that hold a row of a product.
+__device__ __forceinline__ float sum_row(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+__device__ __forceinline__ float max_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+// Four matrices of 8 x 8 16-bit values, of which lane 8 m + i names row i of matrix m. As a left operand in registers
+// has them: a warp's 16 rows, 16 columns.
+__device__ __forceinline__ void store_matrices(uint4* to, const uint32_t (&x)[4]) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const uint4* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
+  if constexpr (Transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) of a warp.
+template <typename T>
+__device__ __forceinline__ void multiply_warp(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// The place of a block: its head, and tiles [begin, end) of it.
+struct Place {
+  int64_t head, i_b;
+  int i_h, begin, end;
+
+  template <typename T>
+  __device__ __forceinline__ explicit Place(const Args<T>& args) {
+    head = blockIdx.x / args.blocks;
+    i_b = head / args.heads;
+    i_h = static_cast<int>(head % args.heads);
+    begin = blockIdx.x % args.blocks * args.share;
+    end = static_cast<int>(min(static_cast<int64_t>(begin) + args.share, (args.length + tile - 1) / tile));
+  }
+};
+
+#endif
+
+// Queries -------------------------------------------------------------------------------------------------------------
+
+// With Omega a part of dW takes the place of all other results.
+template <typename T, int M, bool Omega>
+__global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blocks)
+    query_gradient_kernel(const Args<T> args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Of = Layout<M>;
+  constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr int F = Of::features;
+  extern __shared__ __align__(1024) uint4 memory[];
+  uint4* omega = memory;                // rows of features
+  uint4* means = omega + Of::matrix;    // U, rows of features
+  uint4* weights = means + Of::matrix;  // w, rows of queries, a slab for 64 features
+  uint4* stages = weights + Of::matrix;
+  float* exponents = reinterpret_cast<float*>(stages + Of::query_stages * 2 * slab);
+  T* deltas = reinterpret_cast<T*>(exponents + M);  // delta as the sum of two numbers of 16 bits, (2, tile)
+  float2* row_sums = reinterpret_cast<float2*>(deltas + 2 * tile);                // (groups, tile)
+  float* half_products = reinterpret_cast<float*>(row_sums + Of::groups * tile);  // (groups, 16, 128)
+
+  const Place at(args);
+  // A warpgroup has all rows of a tile, and of the features those from `base` on.
+  const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+  const int i_k = at.i_h / args.groups;
+  const T *q = args.x.at(at.i_b, at.i_h), *dout = args.y.at(at.i_b, at.i_h);
+  int ahead = at.begin, next_stage = 0, stage = 0;
+  const auto start_next = [&] {
+    if (ahead < at.end) {
+      const int64_t first = static_cast<int64_t>(ahead) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      uint4* to = stages + next_stage * 2 * slab;
+      fetch<Of::query_threads>(q + first * args.x.l, args.x.l, count, to);
+      fetch<Of::query_threads>(dout + first * args.y.l, args.y.l, count, to + slab);
+      ++ahead;
+      next_stage = next_stage + 1 == Of::query_stages ? 0 : next_stage + 1;
+    }
+    copies_end();
+  };
+  fill_omega<M, Of::query_threads>(args, i_k, omega);
+#pragma unroll
+  for (int i = 1; i < Of::query_stages; ++i) {
+    start_next();
+  }
+  const int64_t state = (at.i_b * (args.heads / args.groups) + i_k) * M;
+#pragma unroll
+  for (int n = 0; n < Of::matrix; n += Of::query_threads) {
+    const int f = (n + threadIdx.x) / 8, u = threadIdx.x % 8;
+    const float z = args.z[state + f], factor = z > 0.0f ? 1.0f / z : 0.0f;
+    const float4* kv = reinterpret_cast<const float4*>(args.kv + (state + f) * width + u * 8);
+    const float4 a = kv[0], b = kv[1];
+    means[piece(f, u)] = {pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
+                          pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor)};
+  }
+  if (threadIdx.x < M) {
+    const float z = args.z[state + threadIdx.x];
+    const float bias = args.bias == nullptr ? 0.0f : args.bias[i_k * args.bias_h + threadIdx.x];
+    exponents[threadIdx.x] = z > 0.0f ? (args.log_scale[state + threadIdx.x] + bias) * log2e + log2f(z) : none;
+  }
+
+  const float exponent = args.scale * log2e;
+  // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
+  const int named = warp * 16 + lane % 16, half = lane / 16;
+  float dmeans[F / 2] = {};  // dU^T or dW^T, 64 x F
+  float common = 1.0f;       // what the latter is divided by
+  let_next_begin();
+  float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
+  for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
+    uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
+    stage = stage + 1 == Of::query_stages ? 0 : stage + 1;
+    copies_wait<Of::query_stages - 2>();
+    copies_visible();
+    __syncthreads();  // this stage is there, and everyone has left the one before
+    float w[F / 2], ds[F / 2];
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < width / 16; ++s) {
+      multiply<T>(w, operand(tile_q + s * 2), operand(omega + base * 8 + s * 2), s > 0);
+    }
+    products_end();
+#pragma unroll
+    for (int s = 0; s < width / 16; ++s) {
+      multiply<T>(ds, operand(tile_dout + s * 2), operand(means + base * 8 + s * 2), s > 0);
+    }
+    products_end();
+    start_next();
+    products_wait<1>(w);
+
+    float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+#pragma unroll
+    for (int j = 0; j < F / 8; ++j) {
+      const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
+        w[4 * j + 2 * r + 1] = fmaf(w[4 * j + 2 * r + 1], exponent, c.y);
+        top[r] = fmaxf(top[r], fmaxf(w[4 * j + 2 * r], w[4 * j + 2 * r + 1]));
+      }
+    }
+    top[0] = max_row(top[0]);
+    top[1] = max_row(top[1]);
+#pragma unroll
+    for (int i = 0; i < F / 2; ++i) {
+      w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
+      total[i / 2 % 2] += w[i];
+    }
+    float inverse[2];  // of the sum of a row
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] = sum_row(total[r]);
+      if (Of::groups > 1 && t == 0) {
+        row_sums[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r]};
+      }
+    }
+    if constexpr (Of::groups > 1) {
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float factor = 1.0f;
+      if constexpr (Of::groups > 1) {
+        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+        const float all = fmaxf(top[r], other.x);
+        factor = exp2_approximate(top[r] - all);
+        total[r] = total[r] * factor + other.y * exp2_approximate(other.x - all);
+      }
+      inverse[r] = __fdividef(factor, total[r]);
+    }
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        w[8 * s + 2 * i] *= inverse[i % 2];
+        w[8 * s + 2 * i + 1] *= inverse[i % 2];
+        x[i] = pack<T>(w[8 * s + 2 * i], w[8 * s + 2 * i + 1]);
+      }
+      if constexpr (!Omega) {
+        store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
+      }
+    }
+    // dU^T += y^T weights
+    const auto add_product = [&](const uint4* y) {
+      copies_visible();
+      __syncthreads();  // all weights are there
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        multiply<T, Inner::both>(dmeans, operand(y + s * 128), operand(weights + base / 64 * slab + s * 128, 16 * slab),
+                                 true);
+      }
+      products_end();
+    };
+    if constexpr (!Omega) {
+      add_product(tile_dout);
+    }
+    products_wait<Omega ? 0 : 1>(ds);
+
+    float delta[2] = {}, size[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int i = 0; i < F / 2; ++i) {
+      delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
+    }
+    delta[0] = sum_row(delta[0]);
+    delta[1] = sum_row(delta[1]);
+    if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
+      size[0] = size[1] = 1e-30f;
+#pragma unroll
+      for (int i = 0; i < F / 2; ++i) {
+        size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
+      }
+      size[0] = max_row(size[0]);
+      size[1] = max_row(size[1]);
+    }
+    if constexpr (Of::groups > 1) {
+      if (t == 0) {
+        row_sums[group * tile + warp * 16 + g] = {delta[0], size[0]};
+        row_sums[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
+      }
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+        delta[r] += other.x;
+        size[r] = fmaxf(size[r], other.y);
+      }
+    }
+    if constexpr (Omega && is_half) {                   // the sum over rows is relative to the largest so far
+      float* sizes = reinterpret_cast<float*>(deltas);  // of each warp
+      float largest = fmaxf(size[0], size[1]);
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
+      }
+      if (group == 0 && lane == 0) {
+        sizes[warp] = largest;
+      }
+      __syncthreads();
+      largest = fmaxf(fmaxf(sizes[0], sizes[1]), fmaxf(sizes[2], sizes[3]));
+      largest = i_tile == at.begin ? largest : fmaxf(largest, common);
+#pragma unroll
+      for (float& x : dmeans) {
+        x *= common / largest;
+      }
+      common = size[0] = size[1] = largest;
+    }
+    if (!Omega && group == 0 && t == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const T high = static_cast<T>(delta[r]);
+        deltas[warp * 16 + g + 8 * r] = high;
+        deltas[tile + warp * 16 + g + 8 * r] = static_cast<T>(delta[r] - static_cast<float>(high));
+      }
+    }
+    const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]};
+    uint32_t fragments[F / 16][4];
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          x[e] = w[8 * s + 2 * i + e] * (ds[8 * s + 2 * i + e] - delta[i % 2]);
+          if constexpr (is_half) {
+            x[e] *= row_scale[i % 2];
+          }
+        }
+        fragments[s][i] = pack<T>(x[0], x[1]);
+      }
+      if constexpr (Omega) {
+        store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), fragments[s]);
+      }
+    }
+    if constexpr (Omega) {
+      add_product(tile_q);
+      products_wait(dmeans);
+      continue;
+    }
+    float dq[32];
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+      multiply<T, Inner::b>(dq, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
+    }
+    products_end();
+    __syncthreads();  // all deltas are there
+#pragma unroll
+    for (int s = 0; s < tile / 16; ++s) {
+      // Columns of b other than 0 and 1 are zero.
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
+      const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
+#pragma unroll
+      for (int n = 0; n < F / 64; ++n) {
+        const int f = base + warp * (F / 4) + n * 16;
+        uint32_t a[4];
+        load_matrices<true>(a,
+                            weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
+        multiply_warp<T>(dy[n], a, b0, b1);
+      }
+    }
+    products_wait(dq);
+    products_wait(dmeans);
+    const float factor[2] = {args.scale * size[0], args.scale * size[1]};
+    const int64_t first = static_cast<int64_t>(i_tile) * tile;
+    const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+    T* to = args.dx + (at.head * args.length + first) * width;
+    // Of two warpgroups with half a sum each, either finishes 32 columns.
+    constexpr int columns = width / Of::groups;
+    float y[columns / 2];
+    if constexpr (Of::groups > 1) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < columns / 2; ++i) {
+      if constexpr (Of::groups > 1) {
+        y[i] = (group == 0 ? dq[i] : dq[16 + i]) + half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
+      } else {
+        y[i] = dq[i];
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < columns / 16; ++s) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
+      }
+      store_matrices(tile_q + piece(named, group * 4 + s * 2 + half), x);
+    }
+    __syncwarp();
+    store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
+  }
+
+  float* part = Omega ? args.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width)
+                      : args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
+  const float factor = Omega ? args.scale * common : 1.0f;
+#pragma unroll
+  for (int i = 0; i < F / 2; ++i) {
+    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i] * factor;
+  }
+  if (!Omega && t == 0) {
+#pragma unroll
+    for (int n = 0; n < F / 64; ++n) {
+      const int f = base + warp * (F / 4) + n * 16 + g;
+      part[M * width + f] = dy[n][0] + dy[n][1];
+      part[M * width + f + 8] = dy[n][2] + dy[n][3];
+    }
+  }
+#endif
+}
+
+// Adds the slots of every key head, (heads, count, size) in units of 16 bytes.
+__global__ void __launch_bounds__(128)
+    add_parts_kernel(const float4* parts, float4* sums, int64_t heads, int count, int size) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
+  if (i >= heads * size) {
+    return;
+  }
+  let_next_begin();
+  wait_for_previous();
+  const float4* part = parts + i / size * count * size + i % size;
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+  for (int n = 0; n < count; ++n) {
+    const float4 x = part[static_cast<int64_t>(n) * size];
+    sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+  }
+  sums[i] = sum;
+}
+
+// Keys ----------------------------------------------------------------------------------------------------------------
+
+// With Omega a part of dW takes the place of dk and dv, of F features that blockIdx.y counts.
+template <typename T, int M, bool Omega>
+__global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::omega_blocks : Layout<M>::key_blocks)
+    key_gradient_kernel(const Args<T> args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Of = Layout<M>;
+  constexpr int F = Of::features, threads = Of::key_threads;
+  constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
+  extern __shared__ __align__(1024) uint4 memory[];
+  uint4* omega = memory;                                  // rows of features
+  uint4* dmeans = omega + Of::matrix;                     // dU, rows of features
+  uint4* stages = dmeans + Of::matrix;                    // k and v of each
+  uint4* gradients = stages + Of::key_stages * 2 * slab;  // ds, with Omega; rows of keys, a slab for 64 features
+  float* exponents = reinterpret_cast<float*>(gradients + (Omega ? Of::omega_bytes / 16 : 0));
+  float* dy = exponents + M;
+  float* largest = dy + M;  // of each warp
+
+  const Place at(args);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const T *k = args.x.at(at.i_b, at.i_h), *v = args.y.at(at.i_b, at.i_h);
+  const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
+  int ahead = at.begin, next_stage = 0, stage = 0;
+  const auto start_next = [&] {
+    if (ahead < at.end) {
+      const int64_t first = static_cast<int64_t>(ahead) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      const bool* tile_mask = mask == nullptr ? nullptr : mask + first;
+      uint4* to = stages + next_stage * 2 * slab;
+      fetch<threads>(k + first * args.x.l, args.x.l, count, to, tile_mask);
+      fetch<threads>(v + first * args.y.l, args.y.l, count, to + slab, tile_mask);
+      ++ahead;
+      next_stage = next_stage + 1 == Of::key_stages ? 0 : next_stage + 1;
+    }
+    copies_end();
+  };
+  fill_omega<M, threads>(args, at.i_h, omega);
+#pragma unroll
+  for (int i = 1; i < Of::key_stages; ++i) {
+    start_next();
+  }
+  wait_for_previous();  // which sums dU and y; k, v and omega are older
+  float back = 1.0f;    // what undoes the scaling of float16
+  {
+    const float* part = args.parts + at.head * args.count * (M * (width + 1));
+    constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
+    float sums[M / 16][8] = {}, y[own] = {};
+    for (int n = 0; n < args.count; ++n, part += M * (width + 1)) {
+#pragma unroll
+      for (int i = 0; i < M / 16; ++i) {
+        float x[8];
+        widen<float, 8>(x, *reinterpret_cast<const Vec<float, 8>*>(part + (i * threads + threadIdx.x) * 8));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          sums[i][e] += x[e];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        y[i] += threadIdx.x < M ? part[M * width + i * threads + threadIdx.x] : 0.0f;
+      }
+    }
+    float factor = 1.0f;
+    if constexpr (is_half) {
+      float top = 1e-30f;
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        top = fmaxf(top, fabsf(y[i]) / 16);
+      }
+#pragma unroll
+      for (int i = 0; i < M / 16; ++i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          top = fmaxf(top, fabsf(sums[i][e]));
+        }
+      }
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
+      }
+      if (lane == 0) {
+        largest[warp] = top;
+      }
+      __syncthreads();
+      top = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+      factor = 1.0f / top;
+      back = top * exp2f(-shift);
+    }
+#pragma unroll
+    for (int i = 0; i < M / 16; ++i) {
+      uint32_t x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[e] = pack<T>(sums[i][2 * e] * factor, sums[i][2 * e + 1] * factor);
+      }
+      dmeans[piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8)] = {x[0], x[1], x[2], x[3]};
+    }
+#pragma unroll
+    for (int i = 0; i < own; ++i) {
+      const int f = i * threads + threadIdx.x;
+      if (f < M) {
+        dy[f] = y[i] * factor;
+        const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
+        const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
+        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+      }
+    }
+  }
+
+  const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
+  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const int first_feature = Omega ? blockIdx.y * F : 0, end_feature = Omega ? first_feature + F : M;
+  float domega[F / 2] = {};  // dW^T, 64 x F
+  for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
+    uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
+    stage = stage + 1 == Of::key_stages ? 0 : stage + 1;
+    const int64_t first = static_cast<int64_t>(i_tile) * tile;
+    const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+    copies_wait<Of::key_stages - 2>();
+    copies_visible();
+    __syncthreads();  // this stage is there, and everyone has left the one before
+    float p[F / 2], ds[F / 2];
+    const auto project = [&](int base) {
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < width / 16; ++s) {
+        multiply<T>(p, operand(tile_k + s * 2), operand(omega + base * 8 + s * 2), s > 0);
+      }
+      products_end();
+#pragma unroll
+      for (int s = 0; s < width / 16; ++s) {
+        multiply<T>(ds, operand(tile_v + s * 2), operand(dmeans + base * 8 + s * 2), s > 0);
+      }
+      products_end();
+    };
+    project(first_feature);
+    start_next();
+    float norm[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = warp * 16 + g + 8 * r;
+      norm[r] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float x[8];
+        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(tile_k + piece(row, t + (n + g) % 2 * 4)));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          norm[r] = fmaf(x[e], x[e], norm[r]);
+        }
+      }
+      norm[r] = sum_row(norm[r]) * (0.5f * log2e * square);
+      if (row >= count || (mask != nullptr && !mask[first + row])) {
+        norm[r] = -none;
+      }
+    }
+    float dk[32], dv[32], sums[2] = {};
+    uint32_t a[F / 16][4], fragments[F / 16][4];
+#pragma unroll
+    for (int base = first_feature; base < end_feature; base += F) {
+      if (base > first_feature) {
+        products_wait(dk);
+        products_wait(dv);
+        project(base);
+      }
+      products_wait<1>(p);
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 c = reinterpret_cast<const float2*>(exponents + base)[8 * s + i / 2 * 4 + t];
+          a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
+                            exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
+        }
+      }
+      if constexpr (!Omega) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
+        }
+        products_end();
+      }
+      products_wait<Omega ? 0 : 1>(ds);
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 y = reinterpret_cast<const float2*>(dy + base)[8 * s + i / 2 * 4 + t];
+          const float2 weight = unpack<T>(a[s][i]);
+          const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
+          sums[i % 2] += x0 + x1;
+          fragments[s][i] = pack<T>(x0, x1);
+        }
+      }
+      if constexpr (!Omega) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
+        }
+        products_end();
+      }
+    }
+    if constexpr (Omega) {
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+        store_matrices(gradients + s / 4 * slab + piece(named, s % 4 * 2 + half), fragments[s]);
+      }
+      copies_visible();
+      __syncthreads();  // all of ds is there
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        multiply<T, Inner::both>(domega, operand(tile_k + s * 128), operand(gradients + s * 128, 16 * slab), true);
+      }
+      products_end();
+      products_wait(domega);
+      continue;
+    }
+    __syncthreads();  // no product reads this stage any more
+    products_wait<1>(dv);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
+                       : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
+      }
+      store_matrices(tile_v + piece(named, s * 2 + half), x);
+    }
+    __syncwarp();
+    store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
+    products_wait(dk);
+    const float factor = args.scale * back;
+    sums[0] = sum_row(sums[0]) * (square * back);
+    sums[1] = sum_row(sums[1]) * (square * back);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t x[4];
+      load_matrices<false>(x, tile_k + piece(named, s * 2 + half));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 key = unpack<T>(x[i]);
+        x[i] = pack<T>(fmaf(dk[8 * s + 2 * i], factor, -key.x * sums[i % 2]),
+                       fmaf(dk[8 * s + 2 * i + 1], factor, -key.y * sums[i % 2]));
+      }
+      __syncwarp();
+      store_matrices(tile_k + piece(named, s * 2 + half), x);
+    }
+    __syncwarp();
+    store_rows<8>(tile_k, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
+  }
+  if constexpr (Omega) {
+    float* part = args.omega_parts + (static_cast<int64_t>(blockIdx.x) * M + first_feature) * width;
+#pragma unroll
+    for (int i = 0; i < F / 2; ++i) {
+      part[(i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = domega[i] * (args.scale * back);
+    }
+  }
+#endif
+}
+
+// Slots of dW, (outer, sets, inner, M, D), of dU and y for the bias, (outer, sets, inner, M (V + 1)).
+struct OmegaSlots {
+  const float* data;
+  int64_t outer, inner;
+
+  // Calls f with each lanes-th slot of a set, from slot `lane` on.
+  template <typename F>
+  __device__ __forceinline__ void each(int set, int sets, int lane, int lanes, F&& f) const {
+#pragma unroll 4
+    for (int64_t n = lane; n < outer * inner; n += lanes) {
+      f((n / inner * sets + set) * inner + n % inner);
+    }
+  }
+};
+
+template <int M>
+struct OmegaArgs {
+  OmegaSlots queries, keys, states;
+  int count;  // slots of a key head
+  const float *kv, *z;
+  float *domega, *dbias;  // (sets, M, D), (sets, M) or null
+};
+
+// Adds the slots of a set of heads; a block for each feature. Exponents of queries and keys have the same bias, each
+// with the gradient of c_f + log z_f: dU_f . U_f - y_f.
+template <int M>
+__global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args) {
+  constexpr int columns = width / 4, lanes = 256 / columns;
+  __shared__ float4 sums[lanes][columns];
+  __shared__ float bias_sums[lanes];
+  const int x = threadIdx.x % columns, lane = threadIdx.x / columns;
+  const int f = blockIdx.x % M, set = blockIdx.x / M, sets = gridDim.x / M;
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  const auto add = [&sum](const float4& y) { sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z, sum.w + y.w}; };
+  args.queries.each(set, sets, lane, lanes, [&](int64_t slot) {
+    add(reinterpret_cast<const float4*>(args.queries.data)[(slot * M + f) * columns + x]);
+  });
+  args.keys.each(set, sets, lane, lanes, [&](int64_t slot) {
+    add(reinterpret_cast<const float4*>(args.keys.data)[(slot * M + f) * columns + x]);
+  });
+  sums[lane][x] = sum;
+  if (args.dbias != nullptr) {
+    float bias = 0.0f;
+    args.states.each(set, sets, lane, lanes, [&](int64_t head) {
+      const float z = args.z[head * M + f], inverse = z > 0.0f ? 1.0f / z : 0.0f;
+      const float4 kv = reinterpret_cast<const float4*>(args.kv)[(head * M + f) * columns + x];
+      for (int n = 0; n < args.count; ++n) {
+        const float* part = args.states.data + (head * args.count + n) * (M * (width + 1));
+        const float4 y = reinterpret_cast<const float4*>(part)[f * columns + x];
+        bias += inverse * (y.x * kv.x + y.y * kv.y + y.z * kv.z + y.w * kv.w) - (x == 0 ? part[M * width + f] : 0.0f);
+      }
+    });
+#pragma unroll
+    for (int other = 1; other < columns; other *= 2) {
+      bias += __shfl_xor_sync(0xffffffff, bias, other);
+    }
+    if (x == 0) {
+      bias_sums[lane] = bias;
+    }
+  }
+  __syncthreads();
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 1; i < lanes; ++i) {
+      add(sums[i][x]);
+    }
+    reinterpret_cast<float4*>(args.domega)[blockIdx.x * columns + x] = sum;
+  }
+  if (args.dbias != nullptr && threadIdx.x == 0) {
+    float bias = 0.0f;
+#pragma unroll
+    for (int i = 0; i < lanes; ++i) {
+      bias += bias_sums[i];
+    }
+    args.dbias[blockIdx.x] = 2.0f * bias;
+  }
+}
+
+// Launches ------------------------------------------------------------------------------------------------------------
+
+int attribute(const Tensor& x, cudaDeviceAttr which) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
+  return value;
+}
+
+// Any strides, but rows of 16-byte pieces.
+template <typename T>
+bool is_aligned(const Tensor& x) {
+  return x.stride(3) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+}
+
+template <typename T>
+Rows<T> rows_of(const Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Tiles of a head that a block takes, for the least time; `start` is that of a block's beginning, in tiles.
+int share_of(int64_t tiles, int64_t heads, int64_t resident, int64_t start) {
+  int64_t best = tiles, least = INT64_MAX;
+  const int64_t most = std::min(tiles, std::max<int64_t>(1, 2 * resident / heads));
+  for (int64_t n = 1; n <= most; ++n) {
+    const int64_t share = (tiles + n - 1) / n, time = (heads * n + resident - 1) / resident * (share + start);
+    if (time < least) {
+      least = time;
+      best = share;
+    }
+  }
+  return static_cast<int>(best);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd_cuda(
+    const Tensor& dout, const std::optional<Tensor>& dkv, const std::optional<Tensor>& dz, const Tensor& q,
+    const Tensor& k, const Tensor& v, const std::optional<Tensor>& omega, int64_t kind, bool causal, double scale,
+    const std::optional<Tensor>& bias, double eps, bool normalize, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
+    const std::optional<Tensor>& log_scale, const Tensor& last_kv, const Tensor& last_z, const Tensor& last_log_scale,
+    bool need_omega) {
+  const char* op = "linear_attention_bwd";
+  constexpr int64_t positive = 0, exp = 5;
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && dout.dim() == 4, op,
+                  ": q, k, v and dout must have 4 dimensions");
+  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), Hk = k.size(1), S = k.size(2);
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+                  ": q must have dtype float16 or bfloat16");
+  STD_TORCH_CHECK((kind == positive || kind == exp) && omega && !causal && eps == 0 && normalize && !cu_seqlens &&
+                      !kv && !z && !log_scale && !dkv && !dz,
+                  op, ": on a GPU attention must be bidirectional and normalised, by positive features or exp");
+  for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}}) {
+    check_like(op, argument, *x, dtype, q);
+  }
+  STD_TORCH_CHECK(q.size(3) == width && k.size(3) == width && v.size(3) == width && dout.size(3) == width, op,
+                  ": D and V must be 64");
+  STD_TORCH_CHECK(Hk > 0 ? H % Hk == 0 : H == 0, op, ": H must be a multiple of Hk");
+  STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hk && v.size(2) == S && dout.size(0) == B &&
+                      dout.size(1) == H && dout.size(2) == L,
+                  op, ": shapes of q, k, v and dout must agree");
+  const int64_t dims = omega->dim(), M = dims >= 2 ? omega->size(dims - 2) : 0;
+  const bool wide_omega = omega->scalar_type() == ScalarType::Float;
+  check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
+  STD_TORCH_CHECK((dims == 2 || (dims == 3 && omega->size(0) == Hk)) && (M == 64 || M == 128 || M == 256) &&
+                      omega->size(dims - 1) == width && omega->is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(omega->const_data_ptr()) % 16 == 0,
+                  op, ": omega must be contiguous, aligned to 16 bytes, and of 64, 128 or 256 features of D");
+  const auto check_floats = [&](const char* argument, const Tensor& x, int64_t count) {
+    check_like(op, argument, x, ScalarType::Float, q);
+    STD_TORCH_CHECK(x.is_contiguous() && x.numel() == count, op, ": ", argument, " must be contiguous, of ", count,
+                    " numbers");
+  };
+  check_floats("last_kv", last_kv, B * Hk * M * width);
+  check_floats("last_z", last_z, B * Hk * M);
+  check_floats("last_log_scale", last_log_scale, B * Hk * M);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(last_kv.const_data_ptr()) % 16 == 0, op,
+                  ": last_kv must be aligned to 16 bytes");
+  if (bias) {
+    check_floats("bias", *bias, dims == 3 ? Hk * M : M);
+  }
+  if (mask) {
+    check_like(op, "mask", *mask, ScalarType::Bool, q);
+    STD_TORCH_CHECK(mask->is_contiguous() && mask->numel() == B * S, op, ": mask must be contiguous, of shape (B, S)");
+  }
+  STD_TORCH_CHECK(attribute(q, cudaDevAttrComputeCapabilityMajor) == 9, op,
+                  ": q must be on a GPU of compute capability 9");
+
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Tensor dq = new_empty(q, {B, H, L, width}, dtype), dk = new_empty(q, {B, Hk, S, width}, dtype),
+         dv = new_empty(q, {B, Hk, S, width}, dtype);
+  const Tensor empty = new_empty(q, {0}, dtype);
+  const auto like = [&](const std::optional<Tensor>& x) {
+    return need_omega && x ? new_empty(q, std::vector<int64_t>(x->sizes().begin(), x->sizes().end()), ScalarType::Float)
+                           : empty;
+  };
+  Tensor domega = like(omega), dbias = like(bias);
+  const int64_t multiprocessors = attribute(q, cudaDevAttrMultiProcessorCount);
+  const int64_t query_tiles = ceil_div(L, tile), key_tiles = ceil_div(S, tile);
+  const cudaStream_t stream = current_stream(q);
+  const auto run = [&](auto zero, auto features) {
+    using T = decltype(zero);
+    constexpr int M = features;
+    using Of = Layout<M>;
+    constexpr int size = M * (width + 1);
+    const auto prepared = [&](const Tensor& x) {
+      const Tensor y = is_aligned<T>(x) ? x : torch::stable::contiguous(x);
+      STD_TORCH_CHECK(is_aligned<T>(y), op, ": rows of q, k, v and dout must be aligned to 16 bytes");
+      return y;
+    };
+    const Tensor queries = prepared(q), gradients = prepared(dout), keys = prepared(k), values = prepared(v);
+    Args<T> args{};
+    args.omega = omega->const_data_ptr();
+    args.wide_omega = wide_omega;
+    args.omega_h = dims == 3 ? M * width : 0;
+    args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+    args.bias_h = dims == 3 ? M : 0;
+    args.kv = static_cast<const float*>(last_kv.const_data_ptr());
+    args.z = static_cast<const float*>(last_z.const_data_ptr());
+    args.log_scale = static_cast<const float*>(last_log_scale.const_data_ptr());
+    args.groups = Hk > 0 ? static_cast<int>(H / Hk) : 1;
+    args.scale = static_cast<float>(scale);
+    args.norm = kind == positive ? 1.0f : 0.0f;
+    bool overlaps = false;  // the kernel before is one of these, and may end while the next begins
+    const auto launch = [&](auto kernel, int64_t blocks, int chunks, int threads, size_t bytes, auto... arguments) {
+      STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B and H must be smaller");
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<uint32_t>(blocks), chunks);
+      config.blockDim = dim3(threads);
+      config.dynamicSmemBytes = bytes;
+      config.stream = stream;
+      config.attrs = &attribute;
+      config.numAttrs = overlaps ? 1 : 0;
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    };
+    // dW of each set of heads, with slots of its own for every block.
+    const int64_t sets = dims == 3 ? Hk : 1;
+    Tensor parts = empty, query_omega = empty, key_omega = empty;
+    OmegaArgs<M> sums{};
+    const auto slots_of = [&](const float* data, int64_t slots) {
+      const int64_t outer = dims == 3 ? B : 1;
+      return OmegaSlots{data, outer, slots / (outer * sets)};
+    };
+    const auto new_slots = [&](Tensor& slots, int64_t heads) {
+      slots = new_empty(q, {heads * args.blocks, M, width}, ScalarType::Float);
+      args.omega_parts = static_cast<float*>(slots.mutable_data_ptr());
+      return slots_of(args.omega_parts, heads * args.blocks);
+    };
+    int64_t count = 0;  // slots of a key head
+    if (B * H * query_tiles > 0) {
+      args.share = share_of(query_tiles, B * H, multiprocessors * Of::query_blocks, 4);
+      args.blocks = ceil_div(query_tiles, args.share);
+      count = static_cast<int64_t>(args.groups) * args.blocks;
+      const int64_t slots = B * H * args.blocks, more = count > 2 ? B * Hk : 0;
+      parts = new_empty(q, {slots + more, size}, ScalarType::Float);
+      args.x = rows_of<T>(queries);
+      args.y = rows_of<T>(gradients);
+      args.parts = static_cast<float*>(parts.mutable_data_ptr());
+      args.dx = static_cast<T*>(dq.mutable_data_ptr());
+      args.length = L;
+      args.heads = static_cast<int>(H);
+      if (need_omega) {
+        sums.queries = new_slots(query_omega, B * H);
+        launch(query_gradient_kernel<T, M, true>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+      }
+      launch(query_gradient_kernel<T, M, false>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+      overlaps = true;
+      if (more > 0) {
+        const auto* from = reinterpret_cast<const float4*>(args.parts);
+        args.parts += slots * size;
+        launch(add_parts_kernel, ceil_div(more * (size / 4), 128), 1, 128, 0, from,
+               reinterpret_cast<float4*>(args.parts), more, static_cast<int>(count), size / 4);
+        count = 1;
+      }
+    }
+    if (B * Hk * key_tiles > 0) {
+      args.share = share_of(key_tiles, B * Hk, multiprocessors * Of::key_blocks, 2);
+      args.blocks = ceil_div(key_tiles, args.share);
+      args.x = rows_of<T>(keys);
+      args.y = rows_of<T>(values);
+      args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+      args.dx = static_cast<T*>(dk.mutable_data_ptr());
+      args.dy = static_cast<T*>(dv.mutable_data_ptr());
+      args.length = S;
+      args.heads = static_cast<int>(Hk);
+      args.count = static_cast<int>(count);
+      launch(key_gradient_kernel<T, M, false>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
+      if (need_omega) {
+        overlaps = false;
+        sums.keys = new_slots(key_omega, B * Hk);
+        launch(key_gradient_kernel<T, M, true>, B * Hk * args.blocks, M / Of::features, Of::key_threads,
+               Of::key_bytes + Of::omega_bytes, args);
+      }
+    }
+    if (need_omega && sets > 0) {
+      if (bias && count > 0) {
+        sums.states = slots_of(args.parts, B * Hk);
+        sums.count = static_cast<int>(count);
+      }
+      sums.kv = args.kv;
+      sums.z = args.z;
+      sums.domega = static_cast<float*>(domega.mutable_data_ptr());
+      sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+      overlaps = false;
+      launch(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
+    }
+  };
+  const auto with_features = [&](auto zero) {
+    switch (M) {
+      case 64:
+        return run(zero, std::integral_constant<int, 64>{});
+      case 128:
+        return run(zero, std::integral_constant<int, 128>{});
+      default:
+        return run(zero, std::integral_constant<int, 256>{});
+    }
+  };
+  dtype == ScalarType::BFloat16 ? with_features(BFloat16{}) : with_features(Half{});
+  return {dq, dk, dv, domega, dbias, empty, empty};
+}
+
+}  // namespace linear
+}  // namespace fastrpe
