@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(fastrpe_native, m) {
   m.def(
       "random_features_bwd(Tensor dy, Tensor y, Tensor x, Tensor? omega, int kind, float scale, float eps, Tensor? a, "
       "bool need_sums) -> (Tensor, Tensor, Tensor)");
+  m.def("reflection_basis(Tensor v, int block, int[] shuffles) -> Tensor");
+  m.def("reflection_basis_bwd(Tensor dy, Tensor v, int block, int[] shuffles) -> Tensor");
   m.def(
       "rotate(Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, bool inverse, float factor, "
       "int prefix) -> (Tensor, Tensor)");

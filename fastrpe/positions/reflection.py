@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_shape, fail
-from ..ops.rotary.reflection import plane_signs, reflect, reflection_basis
+from ..ops.reflection import reflection_basis
+from ..ops.reflection.reference import reflect
+from ..ops.rotary.reflection import plane_signs
 from .rope import RoPE
 from .rotary import Foldable
 from .string import normal
