@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(fastrpe_native, m) {
       "float factor, int prefix) -> (Tensor, Tensor)");
   m.def(
       "rotate_basis_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, Tensor basis, "
-      "bool interleaved, float factor, int prefix, bool need_freqs) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool interleaved, float factor, int prefix, bool need_freqs, bool need_basis) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "rotate_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, "
       "bool inverse, float factor, int prefix, bool need_positions, bool need_freqs) "
