@@ -492,7 +492,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cuda(const Tensor& dyq, co
         return dim3(ceil_div(shape.rows(), args.tile), ceil_div(shape.items(), args.chunk), shape.sets);
       };
       dim3 grid = grid_of();
-      const auto is_small = [&] { return int64_t{grid.x} * grid.y * grid.z < 2 * multiprocessors; };
+      const auto is_small = [&] { return int64_t{grid.x} * grid.y * grid.z < 4 * multiprocessors; };
       if (is_small()) {
         args.tile = at_a_time;
         grid = grid_of();

@@ -28,17 +28,20 @@ __global__ void __launch_bounds__(Slots<A>::columns* Slots<A>::groups)
   __shared__ A sums[groups][columns];
   const int64_t of_first = first.sets * first.tiles();
   const bool is_first = blockIdx.x < of_first;
-  const Slots<A>& slots = is_first ? first : second;
-  const int64_t tile = is_first ? blockIdx.x : blockIdx.x - of_first, set = tile / slots.tiles();
+  const A* from = is_first ? first.from : second.from;
+  A* to = is_first ? first.to : second.to;
+  const int64_t slots = is_first ? first.slots : second.slots, n = is_first ? first.n : second.n;
+  const int64_t tiles = is_first ? first.tiles() : second.tiles();
+  const int64_t tile = is_first ? blockIdx.x : blockIdx.x - of_first, set = tile / tiles;
   const int lane = threadIdx.x % columns, group = threadIdx.x / columns;
-  const int64_t column = (tile - set * slots.tiles()) * columns + lane;
-  const bool inside = column < slots.n;
+  const int64_t column = (tile - set * tiles) * columns + lane;
+  const bool inside = column < n;
   A sum = 0;
   if (inside) {
-    const A* from = slots.from + set * slots.slots * slots.n + column;
+    from += set * slots * n + column;
 #pragma unroll 8
-    for (int64_t i = group; i < slots.slots; i += groups) {
-      sum += from[i * slots.n];
+    for (int64_t i = group; i < slots; i += groups) {
+      sum += from[i * n];
     }
   }
   sums[group][lane] = sum;
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(Slots<A>::columns* Slots<A>::groups)
     for (int i = 1; i < groups; ++i) {
       sum += sums[i][lane];
     }
-    slots.to[set * slots.n + column] = sum;
+    to[set * n + column] = sum;
   }
 }
 

@@ -116,6 +116,15 @@ class ReflectionBasis(Foldable, RoPE):
     def basis(self) -> Tensor:
         return reflection_basis(self.v, self.block, self.shuffles)
 
+    def _basis_kind(self) -> tuple[Any, ...] | None:
+        v = self.v
+        if type(self) is not ReflectionBasis or v.device.type == "cpu":  # which may go by tokens, see below
+            return None
+        return ReflectionBasis, self.block, self.shuffles, v.shape, v.dtype, v.device
+
+    def _joint_basis(self, modules: Sequence["ReflectionBasis"]) -> Tensor:
+        return reflection_basis(torch.cat([module.v for module in modules]), self.block, self.shuffles)
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the frequencies and v to their initial values."""
         super().reset_parameters(generator)

@@ -82,6 +82,14 @@ class CayleySTRING(Foldable, RoPE):
     def basis(self) -> Tensor:
         return cayley_basis(self.skew)
 
+    def _basis_kind(self) -> tuple[Any, ...] | None:
+        if type(self) is not CayleySTRING:  # which may have another basis
+            return None
+        return CayleySTRING, self.skew.shape, self.skew.dtype, self.skew.device
+
+    def _joint_basis(self, modules: Sequence["CayleySTRING"]) -> Tensor:
+        return cayley_basis(torch.cat([module.skew for module in modules]))
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the frequencies and S to their initial values."""
         super().reset_parameters(generator)
@@ -123,7 +131,7 @@ class CirculantSTRING(Foldable, Rotary):
     Attributes:
         c: first columns of the circulants, ``(num_heads, C, D)``.
         fourier: the basis, ``(D, D)``, the same for all heads; `fold_into` may be used for training, too.
-        sines: what gives the frequencies, ``(R, D)``, c by c.
+        sines: the matrix that gives the frequencies of a c, ``(R, D)``.
         folded: whether the basis is in the projections; kept in the state dict.
 
     Source:
@@ -168,7 +176,7 @@ class CirculantSTRING(Foldable, Rotary):
             self._register(name, values, learned=False, persistent=False)
 
     def frequencies(self, length: int) -> Tensor:
-        # No FFT, which takes ten kernels forward and backward; and no matrix product, which autocast or TF32 would round.
+        # An FFT takes ten kernels forward and backward; autocast or TF32 would round a matrix product.
         return (self.c.unsqueeze(-2) * self.sines).sum(-1)
 
     def basis(self) -> Tensor:
@@ -193,9 +201,11 @@ class CirculantSTRING(Foldable, Rotary):
         return circulant_params(freqs, D, block).expand(self.num_heads, -1, -1)
 
     def _constants(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-        D, block, kind = self.head_dim, self.block, dict(dtype=dtype, device=device)
-        basis = fourier_basis(D, block, interleaved=self.interleaved, **kind)
-        return {"fourier": basis, "sines": circulant_sines(D, block, **kind)}
+        D, block = self.head_dim, self.block
+        return {
+            "fourier": fourier_basis(D, block, interleaved=self.interleaved, dtype=dtype, device=device),
+            "sines": circulant_sines(D, block, dtype=dtype, device=device),
+        }
 
     def _apply(self, *args: Any, **kwargs: Any) -> "CirculantSTRING":
         super()._apply(*args, **kwargs)
