@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(fastrpe_native, m) {
   m.def(
       "random_features_bwd(Tensor dy, Tensor y, Tensor x, Tensor? omega, int kind, float scale, float eps, Tensor? a, "
       "bool need_sums) -> (Tensor, Tensor, Tensor)");
+  m.def("reflection_basis(Tensor v, int block, int[] shuffles) -> Tensor");
+  m.def("reflection_basis_bwd(Tensor dy, Tensor v, int block, int[] shuffles) -> Tensor");
   m.def(
       "rotate(Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, bool inverse, float factor, "
       "int prefix) -> (Tensor, Tensor)");
@@ -32,7 +34,8 @@ STABLE_TORCH_LIBRARY(fastrpe_native, m) {
       "float factor, int prefix) -> (Tensor, Tensor)");
   m.def(
       "rotate_basis_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, Tensor basis, "
-      "bool interleaved, float factor, int prefix, bool need_freqs) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool interleaved, float factor, int prefix, bool need_freqs, bool need_basis) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "rotate_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor positions, Tensor freqs, bool interleaved, "
       "bool inverse, float factor, int prefix, bool need_positions, bool need_freqs) "

@@ -4,6 +4,7 @@
 
 #include "rotary_basis.cuh"
 #include "rotary_cuda.h"
+#include "rotary_slots.cuh"
 
 // Gradients of y = R(p) P x in one pass over memory: with z = R(p)^T dy and u = P x,
 //
@@ -11,7 +12,7 @@
 //
 // over the tokens and items of a set. The walk is that of rotary_basis_cuda.cu, within one set for each block; z
 // replaces dy in shared memory, and is the left operand of dx as it lies and of dP transposed. A block leaves its sums
-// in a slot of its own, and the caller adds the slots, so the result is deterministic.
+// in a slot of its own, and a second kernel adds the slots, so the result is deterministic.
 namespace fastrpe {
 namespace rotary {
 namespace {
@@ -27,7 +28,7 @@ struct Layout : Memory<D, Coords> {
 
 template <typename T>
 struct GradientArgs : BasisArgs<T> {
-  float* dbasis;  // (sets, blocks, D, D)
+  float* dbasis;  // (sets, blocks, D, D), or null where not needed
   float* dfreqs;  // (sets, blocks, C, R), or null where not needed
 };
 
@@ -123,13 +124,15 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks)
     __syncthreads();
     products_begin();
     multiply_basis<D, true, T>(sums, stage, transposed);
+    if (args.dbasis != nullptr) {
 #pragma unroll
-    for (int step = 0; step < tile / 16; ++step) {
+      for (int step = 0; step < tile / 16; ++step) {
 #pragma unroll
-      for (int n = 0; n < D / 64; ++n) {
-        // Slabs of 64 values, 16 tokens further with each step. A token of the prefix has x = 0.
-        multiply<T, Inner::both>(dbasis[n], operand(stage + pass * Of::slab + step * 128),
-                                 operand(x + n * Of::slab + step * 128), true);
+        for (int n = 0; n < D / 64; ++n) {
+          // Slabs of 64 values, 16 tokens further with each step. A token of the prefix has x = 0.
+          multiply<T, Inner::both>(dbasis[n], operand(stage + pass * Of::slab + step * 128),
+                                   operand(x + n * Of::slab + step * 128), true);
+        }
       }
     }
     products_end();
@@ -177,13 +180,15 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks)
   }
 
   const int64_t slot = int64_t{set} * gridDim.x + blockIdx.x;
-  float* to = args.dbasis + slot * D * D + (pass * 64 + row) * D + 2 * t;
+  if (args.dbasis != nullptr) {
+    float* to = args.dbasis + slot * D * D + (pass * 64 + row) * D + 2 * t;
 #pragma unroll
-  for (int n = 0; n < D / 64; ++n) {
+    for (int n = 0; n < D / 64; ++n) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      *reinterpret_cast<float2*>(to + n * 64 + j * 8) = {dbasis[n][j * 4], dbasis[n][j * 4 + 1]};
-      *reinterpret_cast<float2*>(to + 8 * D + n * 64 + j * 8) = {dbasis[n][j * 4 + 2], dbasis[n][j * 4 + 3]};
+      for (int j = 0; j < 8; ++j) {
+        *reinterpret_cast<float2*>(to + n * 64 + j * 8) = {dbasis[n][j * 4], dbasis[n][j * 4 + 1]};
+        *reinterpret_cast<float2*>(to + 8 * D + n * 64 + j * 8) = {dbasis[n][j * 4 + 2], dbasis[n][j * 4 + 3]};
+      }
     }
   }
   if (args.dfreqs != nullptr) {
@@ -199,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
                                                                  const Tensor& k, const Tensor& positions,
                                                                  const Tensor& freqs, const Tensor& basis,
                                                                  bool interleaved, double factor, int64_t prefix,
-                                                                 bool need_freqs) {
+                                                                 bool need_freqs, bool need_basis) {
   const char* op = "rotate_basis_bwd";
   check_gradients(op, dyq, dyk, q, k);
   const BasisProblem problem(op, q, k, positions, freqs, basis, prefix);
@@ -211,11 +216,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
       attribute(q, cudaDevAttrMultiProcessorCount) * (D > 64 ? Layout<128, 1>::blocks : Layout<64, 1>::blocks);
   const int64_t share = ceil_div(units, std::clamp<int64_t>(resident / shape.sets, 1, std::max<int64_t>(units, 1)));
   const int64_t blocks = units > 0 ? ceil_div(units, share) : 0;
-  Tensor dbasis = new_empty(q, {shape.sets, blocks, D, D}, ScalarType::Float);
-  Tensor dfreqs = new_empty(q, {shape.sets, need_freqs ? blocks : 0, shape.C, shape.R}, ScalarType::Float);
-  if (blocks == 0) {
-    return {dq, dk, dbasis, dfreqs};
-  }
+  // A gradient and the slots of its parts, (sets, blocks, ...), which are those of one set where all heads share it.
+  const auto gradient = [&](const Tensor& of, bool needed, int sets, Tensor& parts, Tensor& sum) {
+    const auto sizes = of.sizes();
+    const int64_t n = needed ? of.numel() / sets : 0;
+    parts = new_empty(q, {shape.sets, blocks, n}, ScalarType::Float);
+    sum = needed ? new_empty(q, {sizes.begin(), sizes.end()}, ScalarType::Float) : new_empty(q, {0}, ScalarType::Float);
+    return Slots<float>{static_cast<const float*>(parts.const_data_ptr()), static_cast<float*>(sum.mutable_data_ptr()),
+                        sets, shape.sets / sets * blocks, n};
+  };
+  Tensor basis_parts, freq_parts, dbasis, dfreqs;
+  const Slots<float> basis_slots = gradient(basis, need_basis, problem.basis_sets, basis_parts, dbasis);
+  const Slots<float> freq_slots = gradient(freqs, need_freqs, problem.freq_sets, freq_parts, dfreqs);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     GradientArgs<T> args{};
@@ -226,8 +238,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
                     ": rows of q and k must be aligned to 16 bytes");
     args.units = static_cast<uint32_t>(units);
     args.share = static_cast<uint32_t>(share);
-    args.dbasis = static_cast<float*>(dbasis.mutable_data_ptr());
-    args.dfreqs = need_freqs ? static_cast<float*>(dfreqs.mutable_data_ptr()) : nullptr;
+    args.dbasis = need_basis ? static_cast<float*>(basis_parts.mutable_data_ptr()) : nullptr;
+    args.dfreqs = need_freqs ? static_cast<float*>(freq_parts.mutable_data_ptr()) : nullptr;
     problem.dispatch(interleaved, [&](auto d, auto layout, auto coords) {
       constexpr int D = d, Coords = coords;
       constexpr bool Interleaved = layout;
@@ -238,7 +250,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   };
-  q.scalar_type() == ScalarType::BFloat16 ? run(BFloat16{}) : run(Half{});
+  if (blocks > 0) {
+    q.scalar_type() == ScalarType::BFloat16 ? run(BFloat16{}) : run(Half{});
+  }
+  add_slots(basis_slots, freq_slots, current_stream(q));
   return {dq, dk, dbasis, dfreqs};
 }
 

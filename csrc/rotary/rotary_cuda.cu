@@ -9,6 +9,7 @@
 #include "rotary_args.h"
 #include "rotary_cuda.h"
 #include "rotary_phase.cuh"
+#include "rotary_slots.cuh"
 
 // A thread holds the phases of N planes of a row and rotates those planes in U of the row's items: their loads are on
 // their way while it computes the sines, and the rest is a copy. The backward with gradients of the angles is the same
@@ -19,6 +20,8 @@ namespace {
 
 constexpr int threads = 128;
 constexpr int bwd_chunk = 16, bwd_rows = 32;  // items a thread of the backward takes for a row, and rows for few items
+constexpr int least_chunk = 4;                // of small problems, which then keep more multiprocessors busy
+constexpr int most_slots = 1024;              // that one kernel adds
 
 // How a thread's 2 N values of a row lie: two runs of N, at a and b.
 struct Slot {
@@ -425,9 +428,18 @@ std::tuple<Tensor, Tensor> rotate_any(const char* op, const Tensor& q, const Ten
 }
 
 // Sum over the first of (n, rest).
+template <typename A>
 Tensor add_up(const Tensor& sums, const Tensor& like) {
-  const int64_t over[1] = {0};
-  return torch::stable::reshape(torch::stable::sum(sums, over), like.sizes());
+  const auto sizes = like.sizes();
+  if (sums.size(0) > most_slots) {  // PyTorch spreads them over several blocks
+    const int64_t over[1] = {0};
+    return torch::stable::reshape(torch::stable::sum(sums, over), sizes);
+  }
+  Tensor total = new_empty(like, {sizes.begin(), sizes.end()}, sums.scalar_type());
+  add_slots(Slots<A>{static_cast<const A*>(sums.const_data_ptr()), static_cast<A*>(total.mutable_data_ptr()), 1,
+                     sums.size(0), sums.size(1)},
+            Slots<A>{}, current_stream(like));
+  return total;
 }
 
 }  // namespace
@@ -456,6 +468,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cuda(const Tensor& dyq, co
   Tensor dq = new_empty_like(q), dk = new_empty_like(k);
   Tensor dpositions = new_empty(q, {0}, q.scalar_type()), dfreqs = dpositions;
   const bool empty = shape.rows() * shape.items() * shape.D == 0;
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
   dispatch_float(q.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -474,7 +488,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cuda(const Tensor& dyq, co
       args.chunk = static_cast<int>(std::max<int64_t>(bwd_chunk, (shape.items() + 65534) / 65535));
       const int64_t per_thread = std::min<int64_t>(args.chunk, std::max<int64_t>(1, shape.items()));
       args.tile = at_a_time * static_cast<int>(std::max<int64_t>(1, bwd_rows / per_thread));
-      const dim3 grid(ceil_div(shape.rows(), args.tile), ceil_div(shape.items(), args.chunk), shape.sets);
+      const auto grid_of = [&] {
+        return dim3(ceil_div(shape.rows(), args.tile), ceil_div(shape.items(), args.chunk), shape.sets);
+      };
+      dim3 grid = grid_of();
+      const auto is_small = [&] { return int64_t{grid.x} * grid.y * grid.z < 4 * multiprocessors; };
+      if (is_small()) {
+        args.tile = at_a_time;
+        grid = grid_of();
+      }
+      while (is_small() && args.chunk > least_chunk) {
+        args.chunk /= 2;
+        grid = grid_of();
+      }
       // Sums of nothing are zero, as are those over no planes, which no thread would write.
       const int64_t tiles = empty ? 0 : static_cast<int64_t>(grid.x) * grid.y;
       const int64_t chunks = empty || shape.R == 0 ? 0 : static_cast<int64_t>(shape.sets) * grid.y;
@@ -488,10 +514,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_bwd_cuda(const Tensor& dyq, co
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
       if (need_freqs) {
-        dfreqs = add_up(freq_sums, freqs);
+        dfreqs = add_up<A>(freq_sums, freqs);
       }
       if (need_positions) {
-        dpositions = add_up(position_sums, positions);
+        dpositions = add_up<A>(position_sums, positions);
       }
     });
   });

@@ -37,8 +37,7 @@ std::tuple<Tensor, Tensor> rotate_basis_cuda(const Tensor& q,          // (B, H,
                                              const Tensor& basis,      // (D, D) or (Hk, D, D)
                                              bool interleaved, bool inverse, double factor, int64_t prefix);
 
-// Gradients of q and k, and of basis and freqs as sums of parts of the work, (sets, parts, ...) in float32, which the
-// caller adds; no parts of freqs where not needed.
+// Gradients of q, k, basis and freqs, of the last two in float32; an empty tensor where not needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(
     const Tensor& dyq,        // (B, H, L, D)
     const Tensor& dyk,        // (B, Hk, L, D)
@@ -47,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(
     const Tensor& positions,  // (L - prefix, C) or (B, ...)
     const Tensor& freqs,      // (C, D // 2) or (Hk, ...)
     const Tensor& basis,      // (D, D) or (Hk, D, D)
-    bool interleaved, double factor, int64_t prefix, bool need_freqs);
+    bool interleaved, double factor, int64_t prefix, bool need_freqs, bool need_basis);
 
 }  // namespace rotary
 }  // namespace fastrpe

@@ -82,6 +82,7 @@ class Attention(nn.Module):
         prefix: int = 0,
         context_prefix: int = 0,
         cache: KVCache | LinearCache | None = None,
+        basis: Tensor | None = None,  # (Hk, D, D)
     ) -> Tensor:  # (B, L, dim)
         """Attend to x itself, or to the context.
 
@@ -98,6 +99,7 @@ class Attention(nn.Module):
             context_prefix: the same for the context.
             cache: of the tokens before x, to which those of x are appended: a `KVCache`, or a `LinearCache` where the
                 kernel is a `Performer`.
+            basis: the position's, where `fastrpe.positions.bases` has computed it for several layers.
         """
         op = "Attention"
         check_shape(op, "x", x, ("B", "L", "dim"), dim=self.dim)
@@ -128,9 +130,9 @@ class Attention(nn.Module):
 
         def encode(q: Tensor, k: Tensor) -> tuple[Tensor, Any]:
             if context is None:
-                return place(self.position, q, k, positions, prefix, offset)
-            q, _ = place(self.position, q, None, positions, prefix)
-            k, _ = place(self.position, k, None, context_positions, context_prefix)
+                return place(self.position, q, k, positions, prefix, offset, basis)
+            q, _ = place(self.position, q, None, positions, prefix, basis=basis)
+            k, _ = place(self.position, k, None, context_positions, context_prefix, basis=basis)
             return q, k
 
         options: dict[str, Any] = dict(causal=self.causal, dropout=self.dropout if self.training else 0.0)
@@ -171,9 +173,11 @@ def place(
     positions: Tensor | None,  # (L - prefix, C) or (B, L - prefix, C)
     prefix: int,
     offset: int = 0,
+    basis: Tensor | None = None,  # (Hk, D, D)
 ) -> tuple[Tensor, Tensor | None]:
     """Encode the positions of q, and of k when both have the same."""
-    return (q, k) if position is None else position(q, k, positions, offset=offset, prefix=prefix)
+    options: dict[str, Any] = {} if basis is None else {"basis": basis}
+    return (q, k) if position is None else position(q, k, positions, offset=offset, prefix=prefix, **options)
 
 
 def check_pair(op: str, position: Any, kernel: Any, head_dim: int, heads: int) -> None:

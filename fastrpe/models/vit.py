@@ -128,8 +128,9 @@ class ViT(nn.Module):
         if positions is None:
             known = height == width == self.config.image_size // patch
             positions = self.grid if known else encodings.grid_positions(height, width, device=x.device).to(self.grid)
-        for block in self.blocks:
-            x = block(x, positions, self.prefix)
+        bases = encodings.bases([block.attention.position for block in self.blocks])  # type: ignore[union-attr]
+        for block, basis in zip(self.blocks, bases):
+            x = block(x, positions, self.prefix, basis)
         x = x[:, 0] if self.config.pool == "cls" else x[:, self.prefix :].mean(1)
         return self.head(self.norm(x))
 
@@ -190,8 +191,9 @@ class Block(nn.Module):
         x: Tensor,  # (B, prefix + L, dim)
         positions: Tensor,  # (L, 2)
         prefix: int,
+        basis: Tensor | None = None,  # (heads, D, D), of the encoding, where it has been computed
     ) -> Tensor:  # (B, prefix + L, dim)
-        x = x + self._branch(self.attention(self.norm1(x), positions=positions, prefix=prefix))
+        x = x + self._branch(self.attention(self.norm1(x), positions=positions, prefix=prefix, basis=basis))
         return x + self._branch(self.mlp(self.norm2(x)))
 
     def _branch(self, y: Tensor) -> Tensor:

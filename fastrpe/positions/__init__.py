@@ -8,6 +8,7 @@ from .coordinates import packed_positions as packed_positions
 from .reflection import ReflectionBasis as ReflectionBasis
 from .reflection import ReflectionRoPE as ReflectionRoPE
 from .rope import RoPE as RoPE
+from .rotary import bases as bases
 from .sparse import SparseCayleySTRING as SparseCayleySTRING
 from .string import CayleySTRING as CayleySTRING
 from .string import CirculantSTRING as CirculantSTRING

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_shape, fail
-from ..ops.rotary.reflection import plane_signs, reflect, reflection_basis
+from ..ops.reflection import reflection_basis
+from ..ops.reflection.reference import reflect
+from ..ops.rotary.reflection import plane_signs
 from .rope import RoPE
 from .rotary import Foldable
 from .string import normal
@@ -113,6 +115,15 @@ class ReflectionBasis(Foldable, RoPE):
 
     def basis(self) -> Tensor:
         return reflection_basis(self.v, self.block, self.shuffles)
+
+    def _basis_kind(self) -> tuple[Any, ...] | None:
+        v = self.v
+        if type(self) is not ReflectionBasis or v.device.type == "cpu":  # which may go by tokens, see below
+            return None
+        return ReflectionBasis, self.block, self.shuffles, v.shape, v.dtype, v.device
+
+    def _joint_basis(self, modules: Sequence["ReflectionBasis"]) -> Tensor:
+        return reflection_basis(torch.cat([module.v for module in modules]), self.block, self.shuffles)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the frequencies and v to their initial values."""

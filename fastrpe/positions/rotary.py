@@ -1,6 +1,6 @@
 """What the rotary encodings share: positions, prefix, the call of `rotate`, and folding a basis into projections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Rotary(nn.Module):
         *,
         offset: int = 0,
         prefix: int = 0,
+        basis: Tensor | None = None,  # (H, D, D)
     ) -> tuple[Tensor, Tensor]:
         """Encode queries and keys, so that their scores depend on positions through differences alone.
 
@@ -57,6 +58,7 @@ class Rotary(nn.Module):
                 floating or integer; None means 0, 1, 2, ..., where there is one coordinate.
             offset: added to every position: the number of tokens before these when decoding.
             prefix: the first ``prefix`` tokens (CLS, registers) have no position and stay as they are.
+            basis: what `basis` gives, where `bases` has computed it for several modules; ignored where it is folded.
 
         Returns:
             ``(q', k')`` of the shapes of ``q`` and ``k``, as `fastrpe.ops.rotate` gives them.
@@ -66,8 +68,9 @@ class Rotary(nn.Module):
             self._check_folded()
         positions = self._positions(q, positions, offset, length)
         freqs = self.frequencies(length + offset)
-        basis = None
-        if not self.folded:
+        if self.folded:
+            basis = None
+        elif basis is None:
             q, k, basis = self._apply_basis(q, k, prefix)
         options: dict[str, Any] = dict(interleaved=self.interleaved, backend=self.backend)
         yq, yk = rotate(q, k, positions, freqs, basis, factor=self.factor, prefix=prefix, **options)
@@ -106,6 +109,14 @@ class Rotary(nn.Module):
     def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``(q, k, P)`` for a rotation that applies P; or ``(P q, P k, None)`` where that costs less."""
         return q, k, self.basis()
+
+    def _basis_kind(self) -> tuple[Any, ...] | None:
+        """What modules have in common whose bases `_joint_basis` computes together; None where each does on its own."""
+        return None
+
+    def _joint_basis(self, modules: Sequence[Any]) -> Tensor:
+        """The bases of modules of this one's kind, one after the other, (modules * H, D, D)."""
+        raise NotImplementedError
 
     def _length(self, q: Tensor, offset: int, prefix: int) -> int:
         """Check what `forward` is called with, apart from positions; return the number of tokens that have one."""
@@ -202,6 +213,18 @@ class Rotary(nn.Module):
 
     def _describe(self) -> list[str]:
         return []
+
+
+def bases(modules: Sequence[Any]) -> list[Tensor | None]:
+    """What ``module.basis()`` gives, for the position modules of all layers by one call, which `Rotary.forward` takes.
+
+    A basis is small, so on a GPU those of several layers take as long as one. The results are None, and each module
+    computes its own, unless all are of one kind, with the same sizes, not folded, and have a basis that is learned.
+    """
+    kinds = [module._basis_kind() if isinstance(module, Rotary) and not module.folded else None for module in modules]
+    if len(modules) < 2 or kinds[0] is None or any(kind != kinds[0] for kind in kinds):
+        return [None] * len(modules)
+    return list(modules[0]._joint_basis(modules).chunk(len(modules)))
 
 
 class Foldable:

@@ -112,6 +112,18 @@ class SparseCayleySTRING(Foldable, RoPE):
         eye = torch.eye(self.head_dim, dtype=self.theta.dtype, device=self.theta.device)
         return sparse_cayley(eye.expand(self.num_heads, -1, -1), self.theta, self.pairs, solver=self.solver).mT
 
+    def _basis_kind(self) -> tuple[Any, ...] | None:
+        theta = self.theta
+        takes_matrix = self.solver == "matrix" or (self.solver == "auto" and theta.device.type != "cpu")
+        if type(self) is not SparseCayleySTRING or not takes_matrix:
+            return None
+        return SparseCayleySTRING, self.head_dim, theta.shape, theta.dtype, theta.device
+
+    def _joint_basis(self, modules: Sequence["SparseCayleySTRING"]) -> Tensor:
+        theta = torch.cat([module.theta for module in modules])
+        pairs = torch.cat([module.pairs.expand(module.num_heads, -1, -1) for module in modules])
+        return basis(theta, pairs, self.head_dim)
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the frequencies and theta to their initial values, and the places to those of the seed."""
         super().reset_parameters(generator)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, fail
-from ..ops.rotary.string import cayley_basis, circulant_freqs, circulant_params, fourier_basis
+from ..ops.rotary.string import cayley_basis, circulant_params, circulant_sines, fourier_basis
 from .frequencies import axial
 from .rope import RoPE, default_base
 from .rotary import Foldable, Rotary
@@ -82,6 +82,14 @@ class CayleySTRING(Foldable, RoPE):
     def basis(self) -> Tensor:
         return cayley_basis(self.skew)
 
+    def _basis_kind(self) -> tuple[Any, ...] | None:
+        if type(self) is not CayleySTRING:  # which may have another basis
+            return None
+        return CayleySTRING, self.skew.shape, self.skew.dtype, self.skew.device
+
+    def _joint_basis(self, modules: Sequence["CayleySTRING"]) -> Tensor:
+        return cayley_basis(torch.cat([module.skew for module in modules]))
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the frequencies and S to their initial values."""
         super().reset_parameters(generator)
@@ -123,6 +131,7 @@ class CirculantSTRING(Foldable, Rotary):
     Attributes:
         c: first columns of the circulants, ``(num_heads, C, D)``.
         fourier: the basis, ``(D, D)``, the same for all heads; `fold_into` may be used for training, too.
+        sines: the matrix that gives the frequencies of a c, ``(R, D)``.
         folded: whether the basis is in the projections; kept in the state dict.
 
     Source:
@@ -132,6 +141,7 @@ class CirculantSTRING(Foldable, Rotary):
     num_heads: int
     c: nn.Parameter
     fourier: Tensor
+    sines: Tensor
 
     def __init__(
         self,
@@ -162,10 +172,12 @@ class CirculantSTRING(Foldable, Rotary):
         self.init_std = init_std
         self.base = default_base(coords, "axial") if base is None else float(base)
         self._register("c", self._initial(generator), learned=True)
-        self._register("fourier", self._fourier("cpu", torch.float64), learned=False, persistent=False)
+        for name, values in self._constants("cpu", torch.float64).items():
+            self._register(name, values, learned=False, persistent=False)
 
     def frequencies(self, length: int) -> Tensor:
-        return circulant_freqs(self.c, self.block)
+        # An FFT takes ten kernels forward and backward; autocast or TF32 would round a matrix product.
+        return (self.c.unsqueeze(-2) * self.sines).sum(-1)
 
     def basis(self) -> Tensor:
         return self.fourier
@@ -188,13 +200,18 @@ class CirculantSTRING(Foldable, Rotary):
         freqs[:, turning] = axial([len(share) for share in turning.tensor_split(C)], self.base)
         return circulant_params(freqs, D, block).expand(self.num_heads, -1, -1)
 
-    def _fourier(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        return fourier_basis(self.head_dim, self.block, interleaved=self.interleaved, dtype=dtype, device=device)
+    def _constants(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        D, block = self.head_dim, self.block
+        return {
+            "fourier": fourier_basis(D, block, interleaved=self.interleaved, dtype=dtype, device=device),
+            "sines": circulant_sines(D, block, dtype=dtype, device=device),
+        }
 
     def _apply(self, *args: Any, **kwargs: Any) -> "CirculantSTRING":
         super()._apply(*args, **kwargs)
-        # A constant, so it is made anew: exact after .double(), and there after .to_empty().
-        self.fourier = self._fourier(self.c.device, self.c.dtype)
+        # Constants, so they are made anew: exact after .double(), and there after .to_empty().
+        for name, values in self._constants(self.c.device, self.c.dtype).items():
+            setattr(self, name, values)
         return self
 
     def _describe(self) -> list[str]:

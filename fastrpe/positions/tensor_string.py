@@ -87,6 +87,7 @@ class TensorSTRING(Rotary):
         *,
         offset: int = 0,
         prefix: int = 0,
+        basis: None = None,  # type: ignore[override]  # there is none
     ) -> tuple[Tensor, Tensor]:
         """As for every encoding (`RoPE`), with results of the shapes (B, H, L, 2 m D) and (B, Hk, L, 2 m D)."""
         name = "TensorSTRING"

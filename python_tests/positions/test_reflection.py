@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastrpe.ops import rotate
-from fastrpe.ops.rotary.reflection import LEAST_NORM, plane_signs, reflect, reflection_basis
+from fastrpe.ops.reflection import reflection_basis
+from fastrpe.ops.reflection.reference import LEAST_NORM, reflect
+from fastrpe.ops.rotary.reflection import plane_signs
 from fastrpe.positions import CayleySTRING, CirculantSTRING, ReflectionBasis, ReflectionRoPE, RoPE, TensorSTRING
 from fastrpe.testing.asserts import assert_bitwise, assert_within
 from fastrpe.testing.bars import CANCELLED, DIFFERENT, NO_OP, ORTHOGONAL, REFLECTED, SHIFT, SIGMAS

@@ -197,6 +197,12 @@ def test_4_ends_of_c_get_no_gradient(size: int, block: int | None, form: str) ->
     assert (grad[..., 1:half].abs() > ZERO_GRADIENT).any()
 
 
+def test_the_module_gives_the_frequencies_of_the_fft() -> None:
+    for size, block in BLOCKS:
+        module = CirculantSTRING(size, 3, coords=2, block=block, init_std=1.0, generator=_draw()).double()
+        assert_within(module.frequencies(1), circulant_freqs(module.c, block), FOURIER)
+
+
 def test_circulant_params_give_the_frequencies() -> None:
     for size, block in BLOCKS:
         freqs = _normal(2, size // (block or size) * ((block or size) // 2))

@@ -142,18 +142,15 @@ def _fused_bwd(
     need_freqs: bool,
     need_basis: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients through a basis in one pass over memory; those of freqs and basis come in parts, (sets, parts, ...)."""
+    """Gradients through a basis in one pass over memory; those of freqs and basis are empty where not needed."""
     angles = _angles(q, positions, freqs)
-    dq, dk, basis_parts, freq_parts = torch.ops.fastrpe_native.rotate_basis_bwd.default(
+    dq, dk, db, df = torch.ops.fastrpe_native.rotate_basis_bwd.default(
         _aligned(dyq), _aligned(dyk), _aligned(q), _aligned(k), *angles, _aligned(basis.to(q.dtype).contiguous()),
-        interleaved, factor, prefix, need_freqs,
+        interleaved, factor, prefix, need_freqs, need_basis,
     )  # fmt: skip
-    df, db = q.new_empty(0), q.new_empty(0)
-    if need_freqs:
-        df = freq_parts.sum(1 if freqs.dim() == 3 else (0, 1)).to(freqs.dtype)
-    if need_basis:
-        db = basis_parts.sum(1 if basis.dim() == 3 else (0, 1)).to(basis.dtype)
-    return dq, dk, q.new_empty(0), df, db
+    empty = q.new_empty(0)
+    df = df.to(freqs.dtype) if need_freqs else empty
+    return dq, dk, empty, df, db.to(basis.dtype) if need_basis else empty
 
 
 def _rotate_cos_sin(

@@ -55,6 +55,22 @@ def circulant_freqs(c: Tensor, block: int | None = None) -> Tensor:
     return (-2 * imag[..., block % 2 : block % 2 + block // 2]).flatten(-2)
 
 
+def circulant_sines(
+    size: int,
+    block: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The matrix (R, d) of `circulant_freqs`, which are ``(c.unsqueeze(-2) * sines).sum(-1)``."""
+    block = _block("circulant_sines", size, block)
+    t = torch.arange(block, device=device)
+    k = torch.arange(block // 2, device=device).unsqueeze(-1) + block % 2
+    angle = (k * t % block).to(torch.float64) * (2 * math.pi / block)
+    eye = torch.eye(size // block, dtype=angle.dtype, device=device)
+    return torch.kron(eye, 2 * angle.sin()).to(dtype)
+
+
 def circulant_params(freqs: Tensor, size: int, block: int | None = None) -> Tensor:
     """The first columns (..., d) of least norm whose frequencies are ``freqs`` (..., R): c = irfft(-i freqs / 2).
 
