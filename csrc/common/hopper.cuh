@@ -9,10 +9,14 @@
 
 namespace fastrpe {
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // Copies N bytes to shared memory in the background, or zeros.
 template <int N>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if constexpr (N == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0));
   } else {
@@ -36,6 +40,19 @@ __device__ __forceinline__ void copies_visible() {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// A barrier for the 128 threads of this thread's warpgroup.
+__device__ __forceinline__ void warpgroup_sync() {
+  asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory");
+}
+
+// Stores four matrices of 8 rows of 16 bytes: lane l gives the shared address of row l % 8 of number l / 8, and lane
+// (g, t) = (lane / 4, lane % 4) holds bytes 4 t and on of row g of each.
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
 
 // An operand in shared memory: rows of 64 16-bit values along the inner index, the 16-byte piece u of row i at
 // u ^ i % 8. `p` is aligned to 1024 bytes, or lies 32 bytes further for each step of 16 values.
