@@ -41,9 +41,14 @@ __device__ __forceinline__ void copies_visible() {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A barrier for the 128 threads of this thread's warpgroup.
+// A barrier for the 128 threads of this thread's warpgroup, one of two. A number that the compiler does not know would
+// reserve all of a block's barriers.
 __device__ __forceinline__ void warpgroup_sync() {
-  asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory");
+  if (threadIdx.x < 128) {
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  }
 }
 
 // Stores four matrices of 8 rows of 16 bytes: lane l gives the shared address of row l % 8 of number l / 8, and lane
