@@ -241,14 +241,6 @@ __device__ __forceinline__ void fill_frequencies(const BasisArgs<T>& args, int s
 struct Kept {
   int token, next_token, first, second;
 
-  // Those of its part of the product.
-  template <int D, bool Interleaved>
-  __device__ __forceinline__ static Kept of_columns() {
-    const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int first = plane_of<Interleaved>(threadIdx.x / 128 * 64 + 2 * t);
-    return {warp * 16 + g, 8, first, first + (Interleaved ? 16 : 4)};
-  }
-
   // Those of pieces u and u + D / 16 of two rows, u = threadIdx.x % (D / 16), spread over the banks.
   template <int D, bool Interleaved>
   __device__ __forceinline__ static Kept of_pieces() {
@@ -320,20 +312,14 @@ __device__ __forceinline__ void multiply_basis(float (&sums)[32], const uint4* s
 }
 #endif
 
-// Stores this thread's part of a product, pairs (a, b): neighbours where `alternate`, otherwise halves of a token
-// apart.
-template <int D, bool Alternate, typename T>
+// Stores this thread's part of a product, pairs of neighbours (a, b).
+template <int D, typename T>
 __device__ __forceinline__ void store_row(T* y, const float (&a)[8], const float (&b)[8]) {
   const int pass = threadIdx.x / 128, t = threadIdx.x % 4;
-  if constexpr (Alternate) {
-    const float low[8] = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
-    const float high[8] = {a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
-    store<T, 8>(y + pass * 64 + t * 8, narrow<T, 8>(low));
-    store<T, 8>(y + pass * 64 + 32 + t * 8, narrow<T, 8>(high));
-  } else {
-    store<T, 8>(y + pass * 32 + t * 8, narrow<T, 8>(a));
-    store<T, 8>(y + D / 2 + pass * 32 + t * 8, narrow<T, 8>(b));
-  }
+  const float low[8] = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+  const float high[8] = {a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+  store<T, 8>(y + pass * 64 + t * 8, narrow<T, 8>(low));
+  store<T, 8>(y + pass * 64 + 32 + t * 8, narrow<T, 8>(high));
 }
 
 // Tokens of the prefix are copied bit for bit; few tiles have any.

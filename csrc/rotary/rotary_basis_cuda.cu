@@ -7,121 +7,13 @@
 
 // y = R(p) P x, or its adjoint P^T R(p)^T x, for 16-bit values, in one pass over memory, on Hopper's tensor cores.
 //
-// Heads of 128: a block takes 128 tokens of two items (a sequence and head) that share basis and phases, as a rule the
-// query and the key of a head. It asks for their rows and the basis at once and computes cosines and sines meanwhile.
-// Blocks follow one another along the tokens, as memory likes it: one that took more tiles in turn would save the
-// basis, which comes from the L2, and spread the traffic.
-//
-// Heads of 64, whose basis is a quarter: a block walks through tiles of 64 tokens of one item, the items of a tile of
-// tokens one after another, so that its threads keep their cosines and sines in registers; the next tiles are copied to
-// shared memory meanwhile. The columns of the product are dealt such that a thread finds both coordinates of a plane in
-// its own registers and stores 16 bytes at a time.
+// A block takes 128 tokens of two items (a sequence and head) that share basis and phases, as a rule the query and the
+// key of a head. It asks for their rows and the basis at once and computes cosines and sines meanwhile. Blocks follow
+// one another along the tokens, as memory likes it: one that took more tiles in turn would save the basis, which comes
+// from the L2, and spread the traffic.
 namespace fastrpe {
 namespace rotary {
 namespace {
-
-template <int D, int Coords>
-struct Layout : Memory<D, Coords> {
-  using Of = Memory<D, Coords>;
-  static constexpr int stages = 4;
-  static constexpr int blocks = 4;  // of a multiprocessor
-  static constexpr size_t bytes =
-      16 * (Of::basis + stages * (Of::values + Of::positions + Of::tile_info) + Of::frequencies);
-};
-
-template <typename T, int D, bool Interleaved, bool Adjoint, int Coords>
-__global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks) rotate_basis_kernel(const BasisArgs<T> args) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Of = Layout<D, Coords>;
-  extern __shared__ __align__(1024) char memory[];
-  uint4* basis = reinterpret_cast<uint4*>(memory);
-  uint4* stages = basis + Of::basis;
-  float* positions = reinterpret_cast<float*>(stages + Of::stages * Of::values);  // of each stage
-  Tile<T>* tiles = reinterpret_cast<Tile<T>*>(positions + Of::stages * Of::positions * 4);
-  float* frequencies = reinterpret_cast<float*>(tiles + Of::stages);
-
-  uint32_t unit = blockIdx.x * args.share, ahead = unit;
-  const uint32_t end = min(unit + args.share, args.units);
-  Walk walk(args, unit);
-  int set = walk.set;
-  bool fresh = true;
-  const auto start_next = [&] {
-    if (ahead < end) {
-      const uint32_t i = ahead % Of::stages;
-      fetch<D, Coords>(args, walk, fresh, stages + i * Of::values, positions + i * Of::positions * 4, tiles + i);
-      fresh = walk.advance(args);
-      ++ahead;
-    }
-  };
-  const auto prepare = [&] {
-    fill_basis<T, D, Interleaved, Adjoint>(args.basis + set * args.basis_set, basis);
-    fill_frequencies<D>(args, set, frequencies);
-  };
-  start_next();
-  prepare();
-  copies_end();
-#pragma unroll
-  for (int i = 2; i < Of::stages; ++i) {
-    start_next();
-    copies_end();
-  }
-  const Kept kept = Adjoint ? Kept::of_pieces<D, Interleaved>() : Kept::of_columns<D, Interleaved>();
-  float c[2][8], s[2][8];
-
-  for (; unit < end; ++unit) {
-    uint4* stage = stages + unit % Of::stages * Of::values;
-    const float* coordinates = positions + unit % Of::stages * Of::positions * 4;
-    copies_wait<Of::stages - 2>();
-    copies_visible();
-    __syncthreads();  // this stage is there, and everyone has left the one before
-    const Tile<T> now = tiles[unit % Of::stages];
-    if (now.set != set) {
-      set = now.set;
-      prepare();
-      copies_end();
-      copies_wait<0>();
-      copies_visible();
-      __syncthreads();
-    }
-    if constexpr (Adjoint) {
-      if (now.fresh) {
-        keep_phases<Coords>(args, frequencies, coordinates, kept, c, s);
-      }
-      turn_in_place<D, Interleaved>(stage, now, kept, c, s);
-      copies_visible();
-      __syncthreads();
-    }
-    float sums[32];
-    products_begin();
-    multiply_basis<D, Adjoint, T>(sums, stage, basis);
-    products_end();
-    start_next();
-    copies_end();
-    if (!Adjoint && now.fresh) {
-      keep_phases<Coords>(args, frequencies, coordinates, kept, c, s);
-    }
-    products_wait(sums);
-    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float a[8], b[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        a[j] = sums[j * 4 + i * 2];
-        b[j] = sums[j * 4 + i * 2 + 1];
-        if constexpr (!Adjoint) {
-          turn(a[j], b[j], c[i][j], s[i][j]);
-        }
-      }
-      const int token = row + i * 8;
-      if (now.from <= token && token < now.until) {
-        store_row<D, Adjoint || Interleaved>(now.y + token * D, a, b);
-      }
-    }
-    copy_prefix<D>(stage, now);
-  }
-#endif
-}
 
 // Shared memory of a block: the tiles of two items, the basis, the frequencies. All tiles have rows of D values, in
 // slabs of 64 columns.
@@ -254,14 +146,15 @@ using Sums = float[D / 64][32];
 // A warpgroup's 64 rows of a tile times the basis.
 template <int D, bool Adjoint, typename T>
 __device__ __forceinline__ void multiply_rows(Sums<D>& sums, const uint4* tile, const uint4* basis) {
-  tile += threadIdx.x / 128 * 64 * 8;
+  // An operand counts in 16 bytes, too.
+  const uint64_t left = operand(tile + threadIdx.x / 128 * 64 * 8), right = operand(basis);
 #pragma unroll
   for (int n = 0; n < D / 64; ++n) {
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      const uint4* rows = basis + (Adjoint ? n * D * 8 + step * 16 * 8 : step / 4 * D * 8 + n * 64 * 8 + step % 4 * 2);
-      multiply<T, Adjoint ? Inner::b : Inner::none>(sums[n], operand(tile + step / 4 * 128 * 8 + step % 4 * 2),
-                                                    operand(rows), step > 0);
+      const int column = step % 4 * 2, rows = Adjoint ? n * D * 8 + step * 16 * 8 : step / 4 * D * 8 + n * 64 * 8;
+      multiply<T, Adjoint ? Inner::b : Inner::none>(sums[n], left + step / 4 * 128 * 8 + column,
+                                                    right + rows + (Adjoint ? 0 : column), step > 0);
     }
   }
 }
@@ -343,7 +236,7 @@ __device__ __forceinline__ void store_rows(const uint4* tile, T* y, int from, in
 
 template <typename T, int D, bool Interleaved, bool Adjoint, int Coords>
 __global__ void __launch_bounds__(Pair<D, Coords>::threads, Pair<D, Coords>::blocks)
-    rotate_basis_pair_kernel(const BasisArgs<T> args) {
+    rotate_basis_kernel(const BasisArgs<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Pair<D, Coords>;
   extern __shared__ __align__(1024) char memory[];
@@ -437,30 +330,17 @@ std::tuple<Tensor, Tensor> rotate_basis_cuda(const Tensor& q, const Tensor& k, c
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     BasisArgs<T> args = problem.args<T>(op, q, k, positions, freqs, basis, factor, inverse, yq, yk);
-    args.units = static_cast<uint32_t>(problem.tiles());
-    const auto launch = [&](auto kernel, dim3 blocks, int threads, size_t bytes) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      kernel<<<blocks, threads, bytes, current_stream(q)>>>(args);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    };
     problem.dispatch(interleaved, [&](auto d, auto layout, auto coords) {
       constexpr int D = d, Coords = coords;
       constexpr bool Interleaved = layout;
-      if constexpr (D > 64) {
-        using Of = Pair<D, Coords>;
-        args.row_tiles = ceil_div(args.shape.L, Of::tokens);
-        launch(inverse ? rotate_basis_pair_kernel<T, D, Interleaved, true, Coords>
-                       : rotate_basis_pair_kernel<T, D, Interleaved, false, Coords>,
-               dim3(args.row_tiles * args.shape.B, args.shape.sets, ceil_div(args.shape.heads(), 2)), Of::threads,
-               Of::bytes);
-      } else {
-        // Blocks of more tiles spread over memory, which is slow then; blocks of fewer spend their time on the basis.
-        const int64_t resident = attribute(q, cudaDevAttrMultiProcessorCount) * Layout<D, Coords>::blocks;
-        args.share = std::max(16, ceil_div(args.units, 8 * resident));
-        launch(inverse ? rotate_basis_kernel<T, D, Interleaved, true, Coords>
-                       : rotate_basis_kernel<T, D, Interleaved, false, Coords>,
-               ceil_div(args.units, args.share), 2 * D, Layout<D, Coords>::bytes);
-      }
+      using Of = Pair<D, Coords>;
+      const auto kernel = inverse ? rotate_basis_kernel<T, D, Interleaved, true, Coords>
+                                  : rotate_basis_kernel<T, D, Interleaved, false, Coords>;
+      args.row_tiles = ceil_div(args.shape.L, Of::tokens);
+      const dim3 blocks(args.row_tiles * args.shape.B, args.shape.sets, ceil_div(args.shape.heads(), 2));
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes));
+      kernel<<<blocks, Of::threads, Of::bytes, current_stream(q)>>>(args);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   };
   q.scalar_type() == ScalarType::BFloat16 ? run(BFloat16{}) : run(Half{});
