@@ -9,10 +9,14 @@
 
 namespace fastrpe {
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // Copies N bytes to shared memory in the background, or zeros.
 template <int N>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if constexpr (N == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0));
   } else {
@@ -103,6 +107,24 @@ __device__ __forceinline__ void store_peer(uint32_t to, uint4 x) {
 
 __device__ __forceinline__ void store_peer(uint32_t to, float x) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+
+// A barrier for the 128 threads of this thread's warpgroup, one of two. A number that the compiler does not know would
+// reserve all of a block's barriers.
+__device__ __forceinline__ void warpgroup_sync() {
+  if (threadIdx.x < 128) {
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  }
+}
+
+// Stores four matrices of 8 rows of 16 bytes: lane l gives the shared address of row l % 8 of number l / 8, and lane
+// (g, t) = (lane / 4, lane % 4) holds bytes 4 t and on of row g of each.
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // An operand in shared memory: rows of 64 16-bit values along the inner index, the 16-byte piece u of row i at

@@ -27,6 +27,7 @@ struct BasisArgs {
   int64_t basis_set;
   int64_t freq_set;  // strides of a set, 0 where shared
   float factor, sign;
+  int query_heads, key_heads;         // of a set
   int row_tiles, sequences, batches;  // tiles of a sequence; of (sequences, batches) one is B, the other 1
   uint32_t units, share;              // tiles of all items (of a set's, for gradients); how many a block takes
 };
@@ -44,9 +45,10 @@ struct Memory {
   static constexpr int tile_info = 2;
 };
 
-// Where the 16 bytes number u of a row lie, as the tensor cores read them.
+// Where the 16 bytes number u of a row lie, of a tile of so many rows, as the tensor cores read them.
+template <int Rows = tile>
 __device__ __forceinline__ int piece(int row, int u) {
-  return u / 8 * (64 * 64 / 8) + row % 64 * 8 + (u % 8 ^ row % 8);
+  return u / 8 * (Rows * 8) + row % Rows * 8 + (u % 8 ^ row % 8);
 }
 
 // Coordinate `second` of plane r.
@@ -183,10 +185,10 @@ __device__ __forceinline__ void fetch(const BasisArgs<T>& args, const Walk& at, 
   }
 }
 
-// cos and sin of planes [r, r + N) at a position.
+// `factor` times cos, and `sign` that times sin, of planes [r, r + N) at a position.
 template <int Coords, typename T, int N>
 __device__ __forceinline__ void phases(const BasisArgs<T>& args, const float* hi, const float* lo,
-                                       const float* position, int r, float* c, float* s) {
+                                       const float* position, int r, float factor, float sign, float* c, float* s) {
   Phase<float> phase[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -205,8 +207,8 @@ __device__ __forceinline__ void phases(const BasisArgs<T>& args, const float* hi
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     phase_cos_sin<T>(phase[j], c[j], s[j]);
-    c[j] *= args.factor;
-    s[j] *= args.factor * args.sign;
+    c[j] *= factor;
+    s[j] *= factor * sign;
   }
 }
 
@@ -226,8 +228,9 @@ inline int attribute(const Tensor& x, cudaDeviceAttr which) {
 // A set's frequencies in turns, (C, R) of the leading parts and then of the rest.
 template <int D, typename T>
 __device__ __forceinline__ void fill_frequencies(const BasisArgs<T>& args, int set, float* hi) {
-  const int count = args.shape.C * (D / 2);
-  for (int i = threadIdx.x; i < count; i += Memory<D, 1>::threads) {
+  static_assert(max_coords * (D / 2) <= Memory<D, 1>::threads);
+  const int count = args.shape.C * (D / 2), i = threadIdx.x;
+  if (i < count) {
     const Turns<float> w = turns(args.freqs[set * args.freq_set + i]);
     hi[i] = w.hi;
     hi[count + i] = w.lo;
@@ -237,14 +240,6 @@ __device__ __forceinline__ void fill_frequencies(const BasisArgs<T>& args, int s
 // Which cosines and sines a thread keeps: of two tokens, planes [first, first + 4) and [second, second + 4).
 struct Kept {
   int token, next_token, first, second;
-
-  // Those of its part of the product.
-  template <int D, bool Interleaved>
-  __device__ __forceinline__ static Kept of_columns() {
-    const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int first = plane_of<Interleaved>(threadIdx.x / 128 * 64 + 2 * t);
-    return {warp * 16 + g, 8, first, first + (Interleaved ? 16 : 4)};
-  }
 
   // Those of pieces u and u + D / 16 of two rows, u = threadIdx.x % (D / 16), spread over the banks.
   template <int D, bool Interleaved>
@@ -262,9 +257,27 @@ __device__ __forceinline__ void keep_phases(const BasisArgs<T>& args, const floa
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float* position = positions + (kept.token + i * kept.next_token) * Coords;
-    phases<Coords, T, 4>(args, hi, lo, position, kept.first, c[i], s[i]);
-    phases<Coords, T, 4>(args, hi, lo, position, kept.second, c[i] + 4, s[i] + 4);
+    phases<Coords, T, 4>(args, hi, lo, position, kept.first, args.factor, args.sign, c[i], s[i]);
+    phases<Coords, T, 4>(args, hi, lo, position, kept.second, args.factor, args.sign, c[i] + 4, s[i] + 4);
   }
+}
+
+// Turns the planes of two pieces of a row.
+template <bool Interleaved, typename T>
+__device__ __forceinline__ void turn_pieces(Vec<T, 8>& x, Vec<T, 8>& z, const float (&c)[8], const float (&s)[8]) {
+  float a[8], b[8];
+  widen<T, 8>(a, x);
+  widen<T, 8>(b, z);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (Interleaved) {
+      turn(j < 4 ? a[2 * j] : b[2 * j - 8], j < 4 ? a[2 * j + 1] : b[2 * j - 7], c[j], s[j]);
+    } else {
+      turn(a[j], b[j], c[j], s[j]);
+    }
+  }
+  x = narrow<T, 8>(a);
+  z = narrow<T, 8>(b);
 }
 
 // Turns a tile where it lies. The prefix is left, since it is copied from there.
@@ -276,20 +289,11 @@ __device__ __forceinline__ void turn_in_place(uint4* stage, const Tile<T>& now, 
     const int row = kept.token + i * kept.next_token, u = threadIdx.x % (D / 16);
     Vec<T, 8>* x = reinterpret_cast<Vec<T, 8>*>(stage + piece(row, u));
     Vec<T, 8>* z = reinterpret_cast<Vec<T, 8>*>(stage + piece(row, u + D / 16));
-    float a[8], b[8];
-    widen<T, 8>(a, *x);
-    widen<T, 8>(b, *z);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if constexpr (Interleaved) {
-        turn(j < 4 ? a[2 * j] : b[2 * j - 8], j < 4 ? a[2 * j + 1] : b[2 * j - 7], c[i][j], s[i][j]);
-      } else {
-        turn(a[j], b[j], c[i][j], s[i][j]);
-      }
-    }
+    Vec<T, 8> a = *x, b = *z;
+    turn_pieces<Interleaved, T>(a, b, c[i], s[i]);
     if (row >= now.from) {
-      *x = narrow<T, 8>(a);
-      *z = narrow<T, 8>(b);
+      *x = a;
+      *z = b;
     }
   }
 }
@@ -308,20 +312,14 @@ __device__ __forceinline__ void multiply_basis(float (&sums)[32], const uint4* s
 }
 #endif
 
-// Stores this thread's part of a product, pairs (a, b): neighbours where `alternate`, otherwise halves of a token
-// apart.
-template <int D, bool Alternate, typename T>
+// Stores this thread's part of a product, pairs of neighbours (a, b).
+template <int D, typename T>
 __device__ __forceinline__ void store_row(T* y, const float (&a)[8], const float (&b)[8]) {
   const int pass = threadIdx.x / 128, t = threadIdx.x % 4;
-  if constexpr (Alternate) {
-    const float low[8] = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
-    const float high[8] = {a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
-    store<T, 8>(y + pass * 64 + t * 8, narrow<T, 8>(low));
-    store<T, 8>(y + pass * 64 + 32 + t * 8, narrow<T, 8>(high));
-  } else {
-    store<T, 8>(y + pass * 32 + t * 8, narrow<T, 8>(a));
-    store<T, 8>(y + D / 2 + pass * 32 + t * 8, narrow<T, 8>(b));
-  }
+  const float low[8] = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+  const float high[8] = {a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+  store<T, 8>(y + pass * 64 + t * 8, narrow<T, 8>(low));
+  store<T, 8>(y + pass * 64 + 32 + t * 8, narrow<T, 8>(high));
 }
 
 // Tokens of the prefix are copied bit for bit; few tiles have any.
@@ -360,7 +358,8 @@ struct BasisProblem {
     STD_TORCH_CHECK(shape.H % shape.sets == 0 && shape.Hk % shape.sets == 0, op,
                     ": the heads of q and k must be multiples of those of basis");
     check_limits(op, shape);
-    STD_TORCH_CHECK(tiles() < (int64_t{1} << 31), op, ": q and k are too large for one launch; rotate them in parts");
+    STD_TORCH_CHECK(tiles() < (int64_t{1} << 31) && shape.heads() < 2 * 65536, op,
+                    ": q and k are too large for one launch; rotate them in parts");
     STD_TORCH_CHECK(attribute(q, cudaDevAttrComputeCapabilityMajor) == 9, op,
                     ": q must be on a GPU of compute capability 9");
   }
@@ -386,6 +385,8 @@ struct BasisProblem {
     args.freq_set = freq_sets > 1 ? static_cast<int64_t>(shape.C) * shape.R : 0;
     args.factor = static_cast<float>(factor);
     args.sign = inverse ? -1.0f : 1.0f;
+    args.query_heads = shape.query_heads();
+    args.key_heads = shape.heads() - args.query_heads;
     args.row_tiles = ceil_div(shape.L, tile);
     args.sequences = shape.batch_positions ? shape.B : 1;
     args.batches = shape.batch_positions ? 1 : shape.B;

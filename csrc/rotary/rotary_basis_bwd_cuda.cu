@@ -10,9 +10,10 @@
 //
 //   dx = P^T z,   dP = sum z x^T,   domega = sum p (z_b u_a - z_a u_b)
 //
-// over the tokens and items of a set. The walk is that of rotary_basis_cuda.cu, within one set for each block; z
-// replaces dy in shared memory, and is the left operand of dx as it lies and of dP transposed. A block leaves its sums
-// in a slot of its own, and a second kernel adds the slots, so the result is deterministic.
+// over the tokens and items of a set. A block walks through tiles of 64 tokens of one item, the items of a tile
+// of tokens one after another, so that its threads keep their cosines and sines in registers; the next tiles are copied
+// to shared memory meanwhile. z replaces dy there, and is the left operand of dx as it lies and of dP transposed. A
+// block leaves its sums in a slot of its own, and a second kernel adds the slots, so the result is deterministic.
 namespace fastrpe {
 namespace rotary {
 namespace {
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks)
       }
       const int token = row + i * 8;
       if (now.from <= token && token < now.until) {
-        store_row<D, true>(now.y + token * D, a, b);
+        store_row<D>(now.y + token * D, a, b);
       }
     }
     copy_prefix<D>(stage, now);
