@@ -52,9 +52,8 @@ FASTRPE_HD float nearest(float x) {
   return (x + 12582912.0f) - 12582912.0f;
 }
 
-// exp(x) / 2^n, between the roots of 1/2 and of 2, for -104 <= x <= 89; n is whole.
-FASTRPE_HD float mantissa_of_exponential(float x, float& n) {
-  n = nearest(x * 1.44269504f);
+// exp(x) / 2^n, for the whole n nearest to x / log 2.
+FASTRPE_HD float exponential_over(float x, float n) {
   float r = std::fma(n, -0.693359375f, x);
   r = std::fma(n, 2.12194440e-4f, r);
   float p = std::fma(r, 1.9875691500e-4f, 1.3981999507e-3f);  // Cephes: (exp(r) - 1 - r) / r^2
@@ -69,8 +68,7 @@ FASTRPE_HD float mantissa_of_exponential(float x, float& n) {
 FASTRPE_HD float exponential(float x) {
   x = x < -104.0f ? -104.0f : x;
   x = x > 89.0f ? 89.0f : x;
-  float n;
-  const float p = mantissa_of_exponential(x, n);
+  const float n = nearest(x * 1.44269504f), p = exponential_over(x, n);
   const int whole = static_cast<int>(n), half = whole / 2;
   return p * power_of_two(half) * power_of_two(whole - half);
 }
