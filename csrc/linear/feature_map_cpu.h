@@ -190,6 +190,11 @@ template <int bytes, typename A>
 FASTRPE_HD void queries_in(const Map<A>& map, A* own, A* w, const A* amplitude, const A* shift, const A* c, A* r,
                            int64_t n) {
   const int64_t F = map.F;
+  A floor = c[0];  // the largest exponent of eps
+  for (int64_t f = 1; f < F; ++f) {
+    floor = c[f] > floor ? c[f] : floor;
+  }
+  floor += map.floor;
   for (int64_t i = 0; i < n; ++i, own += map.lf, w += map.lf, amplitude += map.lf) {
     if (!map.has_exponent()) {
       std::copy(amplitude, amplitude + F, own);
@@ -202,12 +207,7 @@ FASTRPE_HD void queries_in(const Map<A>& map, A* own, A* w, const A* amplitude, 
     A most = largest_sum_in<bytes>(own, c, F);
     r[i] = most - shift[i];
     if (map.eps != 0) {
-      A other = c[0];
-      for (int64_t f = 1; f < F; ++f) {
-        other = c[f] > other ? c[f] : other;
-      }
-      other += map.floor;
-      r[i] = other > r[i] ? other : r[i];
+      r[i] = floor > r[i] ? floor : r[i];
       most = r[i] + shift[i];
     }
 #pragma GCC ivdep
