@@ -52,11 +52,8 @@ FASTRPE_HD float nearest(float x) {
   return (x + 12582912.0f) - 12582912.0f;
 }
 
-// exp within 1 ulp of float32, denormals included; infinities and NaN as std::exp.
-FASTRPE_HD float exponential(float x) {
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  const float n = nearest(x * 1.44269504f);
+// exp(x) / 2^n, for the whole n nearest to x / log 2.
+FASTRPE_HD float exponential_over(float x, float n) {
   float r = std::fma(n, -0.693359375f, x);
   r = std::fma(n, 2.12194440e-4f, r);
   float p = std::fma(r, 1.9875691500e-4f, 1.3981999507e-3f);  // Cephes: (exp(r) - 1 - r) / r^2
@@ -64,7 +61,14 @@ FASTRPE_HD float exponential(float x) {
   p = std::fma(r, p, 4.1665795894e-2f);
   p = std::fma(r, p, 1.6666665459e-1f);
   p = std::fma(r, p, 5.0000001201e-1f);
-  p = std::fma(r * r, p, r) + 1.0f;
+  return std::fma(r * r, p, r) + 1.0f;
+}
+
+// exp within 1 ulp of float32, denormals included; infinities and NaN as std::exp.
+FASTRPE_HD float exponential(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const float n = nearest(x * 1.44269504f), p = exponential_over(x, n);
   const int whole = static_cast<int>(n), half = whole / 2;
   return p * power_of_two(half) * power_of_two(whole - half);
 }

@@ -103,7 +103,7 @@ FASTRPE_HD void store_row(const acc_t<T>* from, int64_t n, T* to) {
 }
 
 // x as it is, (n, wide_D), and p = W x plus the bias, (n, wide_M).
-template <typename T, typename A = acc_t<T>>
+template <int bytes, typename T, typename A = acc_t<T>>
 FASTRPE_HD void project_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, int64_t n, const A* omega,
                              const A* bias) {
   for (int64_t i = 0; i < n; ++i) {
@@ -111,7 +111,7 @@ FASTRPE_HD void project_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, in
   }
   A* p = b.p.data();
   if (b.has_omega) {
-    multiply(p, b.wide_M, b.x.data(), b.wide_D, 1, omega, b.wide_M, n, b.wide_M, b.D, false);
+    multiply<bytes>(p, b.wide_M, b.x.data(), b.wide_D, 1, omega, b.wide_M, n, b.wide_M, b.D, false);
   } else {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n * b.wide_M; ++i) {
@@ -129,48 +129,49 @@ FASTRPE_HD void project_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, in
 }
 
 // Of row i of a projected block: |x|^2 / 2 where the kind has it, and the largest of its exponents before that.
-template <typename A>
+template <int bytes, typename A>
 FASTRPE_HD A half_norm(const Block<A>& b, int64_t i) {
-  return has_norm(b.kind) ? b.scale * b.scale / 2 * sum_of_squares(b.x.data() + i * b.wide_D, b.wide_D) : A(0);
+  const A* x = b.x.data() + i * b.wide_D;
+  return has_norm(b.kind) ? b.scale * b.scale / 2 * dot<bytes>(x, x, b.wide_D) : A(0);
 }
 
-template <typename A>
+template <int bytes, typename A>
 FASTRPE_HD A largest(Block<A>& b, int64_t i) {
   const A* p = b.p.data() + i * b.wide_M;
   if (b.kind != Kind::hyperbolic) {
-    return largest_of(p, b.wide_M);
+    return largest_of<bytes>(p, b.wide_M);
   }
   A* size = b.row.data();
 #pragma GCC ivdep
   for (int64_t m = 0; m < b.wide_M; ++m) {
     size[m] = m < b.M ? std::fabs(p[m]) : A(0);
   }
-  return largest_of(size, b.wide_M);
+  return largest_of<bytes>(size, b.wide_M);
 }
 
 // The largest exponent of n rows.
-template <typename T, typename A = acc_t<T>>
+template <int bytes, typename T, typename A = acc_t<T>>
 FASTRPE_HD A largest_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, int64_t n, const A* omega, const A* bias) {
-  project_rows(b, x, xl, xd, n, omega, bias);
+  project_rows<bytes>(b, x, xl, xd, n, omega, bias);
   A most = -std::numeric_limits<A>::infinity();
   for (int64_t i = 0; i < n; ++i) {
-    const A norm = half_norm(b, i);
-    most = std::max(most, b.kind == Kind::trigonometric ? norm : largest(b, i) - norm);
+    const A norm = half_norm<bytes>(b, i);
+    most = std::max(most, b.kind == Kind::trigonometric ? norm : largest<bytes>(b, i) - norm);
   }
   return most;
 }
 
 // y of n rows, side by side.
-template <typename T, typename A = acc_t<T>>
+template <int bytes, typename T, typename A = acc_t<T>>
 FASTRPE_HD void forward_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, int64_t n, const A* omega, const A* bias,
                              A head_most, T* y) {
-  project_rows(b, x, xl, xd, n, omega, bias);
+  project_rows<bytes>(b, x, xl, xd, n, omega, bias);
   const int64_t M = b.M;
   const A factor = b.factor, eps = b.eps;
   A* other = b.row.data() + b.wide_F;
   for (int64_t i = 0; i < n; ++i, y += b.F) {
     A* p = b.p.data() + i * b.wide_M;
-    A shift = half_norm(b, i);  // what is subtracted from the exponents
+    A shift = half_norm<bytes>(b, i);  // what is subtracted from the exponents
     if (b.kind == Kind::trigonometric) {
       shift = b.stabilizer == Stabilizer::row ? A(0) : head_most - shift;
       const A size = factor * exponential(-shift);
@@ -194,7 +195,7 @@ FASTRPE_HD void forward_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, in
       }
     } else {
       // Where a row subtracts its largest, its norm cancels.
-      shift = b.stabilizer == Stabilizer::row ? largest(b, i) : shift + head_most;
+      shift = b.stabilizer == Stabilizer::row ? largest<bytes>(b, i) : shift + head_most;
       if (b.kind == Kind::hyperbolic) {
 #pragma GCC ivdep
         for (int64_t m = 0; m < M; ++m) {
@@ -212,7 +213,7 @@ FASTRPE_HD void forward_rows(Block<A>& b, const T* x, int64_t xl, int64_t xd, in
 }
 
 // dx of n rows, side by side; what p's gradients add to the sums over rows, where those are asked for.
-template <typename T, typename A = acc_t<T>>
+template <int bytes, typename T, typename A = acc_t<T>>
 FASTRPE_HD void backward_rows(Block<A>& b, const T* dy, int64_t dyl, int64_t dyd, const A* y, const T* x, int64_t xl,
                               int64_t xd, int64_t n, const A* omega, T* dx, A* outer, A* total) {
   const int64_t M = b.M;
@@ -233,7 +234,7 @@ FASTRPE_HD void backward_rows(Block<A>& b, const T* dy, int64_t dyl, int64_t dyd
       for (int64_t m = 0; m < M; ++m) {
         dp[m] = b.kind == Kind::hyperbolic ? sizes[m] - sizes[M + m] : sizes[m];
       }
-      norm_gradient[i] = b.kind == Kind::exp ? A(0) : -sum_of(sizes, b.wide_F);
+      norm_gradient[i] = b.kind == Kind::exp ? A(0) : -sum_of<bytes>(sizes, b.wide_F);
     } else if (b.kind == Kind::trigonometric) {
 #pragma GCC ivdep
       for (int64_t f = 0; f < b.F; ++f) {
@@ -243,7 +244,7 @@ FASTRPE_HD void backward_rows(Block<A>& b, const T* dy, int64_t dyl, int64_t dyd
       for (int64_t m = 0; m < M; ++m) {
         dp[m] = up[M + m] * y[m] - up[m] * y[M + m];
       }
-      norm_gradient[i] = sum_of(sizes, b.wide_F);
+      norm_gradient[i] = sum_of<bytes>(sizes, b.wide_F);
     } else if (b.kind == Kind::relu) {
 #pragma GCC ivdep
       for (int64_t m = 0; m < M; ++m) {
@@ -260,7 +261,7 @@ FASTRPE_HD void backward_rows(Block<A>& b, const T* dy, int64_t dyl, int64_t dyd
   const A *dp = b.p.data(), *z = b.x.data();
   A* dz = b.row.data();
   if (outer) {
-    multiply(outer, b.wide_D, dp, 1, b.wide_M, z, b.wide_D, M, b.wide_D, n, true);
+    multiply<bytes>(outer, b.wide_D, dp, 1, b.wide_M, z, b.wide_D, M, b.wide_D, n, true);
     for (int64_t i = 0; i < n; ++i) {
 #pragma GCC ivdep
       for (int64_t m = 0; m < M; ++m) {
@@ -271,7 +272,7 @@ FASTRPE_HD void backward_rows(Block<A>& b, const T* dy, int64_t dyl, int64_t dyd
   for (int64_t i = 0; i < n; i += 4) {
     const int64_t rows = std::min<int64_t>(4, n - i);
     if (b.has_omega) {
-      multiply(dz, b.wide_D, dp + i * b.wide_M, b.wide_M, 1, omega, b.wide_D, rows, b.wide_D, M, false);
+      multiply<bytes>(dz, b.wide_D, dp + i * b.wide_M, b.wide_M, 1, omega, b.wide_D, rows, b.wide_D, M, false);
     } else {
 #pragma GCC ivdep
       for (int64_t j = 0; j < rows * b.wide_D; ++j) {
@@ -309,31 +310,31 @@ FASTRPE_HD void butterflies(A* x, int64_t D, A scale) {
   }
 }
 
-#define FASTRPE_DEFINE(T)                                                                                          \
-  FASTRPE_CLONES acc_t<T> largest_block(Block<acc_t<T>>& b, const T* x, int64_t xl, int64_t xd, int64_t n,         \
-                                        const acc_t<T>* omega, const acc_t<T>* bias) {                             \
-    return largest_rows(b, x, xl, xd, n, omega, bias);                                                             \
-  }                                                                                                                \
-  FASTRPE_CLONES void forward_block(Block<acc_t<T>>& b, const T* x, int64_t xl, int64_t xd, int64_t n,             \
-                                    const acc_t<T>* omega, const acc_t<T>* bias, acc_t<T> head_most, T* y) {       \
-    forward_rows(b, x, xl, xd, n, omega, bias, head_most, y);                                                      \
-  }                                                                                                                \
-  FASTRPE_CLONES void backward_block(Block<acc_t<T>>& b, const T* dy, int64_t dyl, int64_t dyd, const acc_t<T>* y, \
-                                     const T* x, int64_t xl, int64_t xd, int64_t n, const acc_t<T>* omega, T* dx,  \
-                                     acc_t<T>* outer, acc_t<T>* total) {                                           \
-    backward_rows(b, dy, dyl, dyd, y, x, xl, xd, n, omega, dx, outer, total);                                      \
-  }                                                                                                                \
-  FASTRPE_CLONES void fwht_rows(const T* x, int64_t n, int64_t D, acc_t<T> scale, acc_t<T>* row, T* y) {           \
-    for (int64_t i = 0; i < n; ++i) {                                                                              \
-      load_row(x + i * D, 1, D, row);                                                                              \
-      butterflies(row, D, scale);                                                                                  \
-      store_row(row, D, y + i * D);                                                                                \
-    }                                                                                                              \
+#define FASTRPE_DEFINE(TARGET, bytes, T)                                                                               \
+  TARGET acc_t<T> largest_block(Block<acc_t<T>>& b, const T* x, int64_t xl, int64_t xd, int64_t n,                     \
+                                const acc_t<T>* omega, const acc_t<T>* bias) {                                         \
+    return largest_rows<bytes>(b, x, xl, xd, n, omega, bias);                                                          \
+  }                                                                                                                    \
+  TARGET void forward_block(Block<acc_t<T>>& b, const T* x, int64_t xl, int64_t xd, int64_t n, const acc_t<T>* omega,  \
+                            const acc_t<T>* bias, acc_t<T> head_most, T* y) {                                          \
+    forward_rows<bytes>(b, x, xl, xd, n, omega, bias, head_most, y);                                                   \
+  }                                                                                                                    \
+  TARGET void backward_block(Block<acc_t<T>>& b, const T* dy, int64_t dyl, int64_t dyd, const acc_t<T>* y, const T* x, \
+                             int64_t xl, int64_t xd, int64_t n, const acc_t<T>* omega, T* dx, acc_t<T>* outer,         \
+                             acc_t<T>* total) {                                                                        \
+    backward_rows<bytes>(b, dy, dyl, dyd, y, x, xl, xd, n, omega, dx, outer, total);                                   \
+  }                                                                                                                    \
+  TARGET void fwht_rows(const T* x, int64_t n, int64_t D, acc_t<T> scale, acc_t<T>* row, T* y) {                       \
+    for (int64_t i = 0; i < n; ++i) {                                                                                  \
+      load_row(x + i * D, 1, D, row);                                                                                  \
+      butterflies(row, D, scale);                                                                                      \
+      store_row(row, D, y + i * D);                                                                                    \
+    }                                                                                                                  \
   }
-FASTRPE_DEFINE(float)
-FASTRPE_DEFINE(double)
-FASTRPE_DEFINE(BFloat16)
-FASTRPE_DEFINE(Half)
+FASTRPE_FOR_TARGETS(FASTRPE_DEFINE, float)
+FASTRPE_FOR_TARGETS(FASTRPE_DEFINE, double)
+FASTRPE_FOR_TARGETS(FASTRPE_DEFINE, BFloat16)
+FASTRPE_FOR_TARGETS(FASTRPE_DEFINE, Half)
 #undef FASTRPE_DEFINE
 
 void check_dim(const char* op, const Tensor& x, int64_t dim) {

@@ -151,6 +151,7 @@ std::vector<Map<A>> maps_of(const Shape& s, const std::optional<Tensor>& omega, 
     Map<A>& map = maps[i];
     map.kind = kind;
     map.projects = omega.has_value();
+    map.has_bias = bias.has_value();
     map.D = s.D;
     map.F = s.F;
     map.M = omega ? omega->size(omega->dim() - 2) : s.D;
@@ -175,49 +176,30 @@ std::vector<Map<A>> maps_of(const Shape& s, const std::optional<Tensor>& omega, 
   return maps;
 }
 
-template <typename T, typename A>
+template <typename T, typename A = acc_t<T>>
 void load(A* to, int64_t row, const View<const T>& x, int64_t b, int64_t h, int64_t l, int64_t n, int64_t size, A scale,
           const bool* keep) {
-  for (int64_t i = 0; i < n; ++i, to += row) {
-    const T* from = x.row(b, h, l + i);
-    if (keep && !keep[i]) {
-      std::fill(to, to + size, A(0));
-    } else if (x.s[3] == 1) {
-      for (int64_t j = 0; j < size; ++j) {
-        to[j] = scale * A(from[j]);
-      }
-    } else {
-      for (int64_t j = 0; j < size; ++j) {
-        to[j] = scale * A(from[j * x.s[3]]);
-      }
-    }
-  }
+  read(to, row, x.row(b, h, l), x.s[2], x.s[3], n, size, scale, keep);
 }
 
-template <typename T, typename A>
+template <typename T, typename A = acc_t<T>>
 void store(const View<T>& y, int64_t b, int64_t h, int64_t l, int64_t n, int64_t size, const A* from, int64_t row,
            A scale, const A* by) {
-  for (int64_t i = 0; i < n; ++i, from += row) {
-    T* to = y.row(b, h, l + i);
-    const A factor = by ? scale * by[i] : scale;
-    for (int64_t j = 0; j < size; ++j) {
-      to[j] = static_cast<T>(factor * from[j]);
-    }
-  }
+  write(y.row(b, h, l), y.s[2], from, row, n, size, scale, by);
 }
 
 // A block of rows of q or k: scaled, projected, activated.
 template <typename A>
 struct Rows {
   const Map<A>& map;
-  std::vector<A> x, e, amplitude, own, with_eps, r, total, dx;
+  std::vector<A> x, own, amplitude, shift, with_eps, r, total, dx;  // own: projections, exponents, features
 
   Rows(const Map<A>& map, int64_t n)  // at most n rows at a time
       : map(map),
         x(n * map.lx),
-        e(n * map.lf),
-        amplitude(n * map.lf),
         own(n * map.lf),
+        amplitude(n * map.lf),
+        shift(n),
         with_eps(map.eps != 0 ? n * map.lf : 0),
         r(n),
         total(n),
@@ -232,22 +214,22 @@ struct Rows {
     load(x.data(), map.lx, from, b, h, l, n, map.D, map.scale, keep);
     if (!map.projects) {
       for (int64_t i = 0; i < n; ++i) {
-        std::copy(x.data() + i * map.lx, x.data() + i * map.lx + map.D, e.data() + i * map.lf);
+        std::copy(x.data() + i * map.lx, x.data() + i * map.lx + map.D, own.data() + i * map.lf);
       }
     } else {
-      product(e.data(), map.lf, x.data(), map.lx, 1, map.omega_t.data(), map.lf, n, map.M, map.D, false);
+      product(own.data(), map.lf, x.data(), map.lx, 1, map.omega_t.data(), map.lf, n, map.M, map.D, false);
     }
-    activate(map, e.data(), amplitude.data(), x.data(), n);
+    activate(map, own.data(), amplitude.data(), shift.data(), x.data(), n);
   }
 
   // Features of the keys from row `at` on, relative to c.
   void as_keys(int64_t at, int64_t n, const A* c, const A* add, const bool* keep) {
     const int64_t skip = at * map.lf;
-    keys(map, own.data() + skip, features() + skip, e.data() + skip, amplitude.data() + skip, c, add, keep + at, n);
+    keys(map, own.data() + skip, features() + skip, amplitude.data() + skip, shift.data() + at, c, add, keep + at, n);
   }
 
   void as_queries(int64_t n, const A* c) {
-    queries(map, own.data(), features(), e.data(), amplitude.data(), c, r.data(), n);
+    queries(map, own.data(), features(), amplitude.data(), shift.data(), c, r.data(), n);
   }
 
   // From the gradient d (n, lf) of the features, which is lost: that of x to `to`, those of omega and bias added to
@@ -360,7 +342,7 @@ void sum_keys(const Problem<T>& p, const Map<A>& map, Sums<A>& sums, const Seque
     p.read_keys(rows, values.data(), at, head, l, n);
     before = sums.c;
     if (map.has_exponent()) {
-      largest_rows(sums.most.data(), rows.e.data(), map.lf, keep, n, map.F);
+      largest_rows(sums.most.data(), rows.own.data(), map.lf, rows.shift.data(), keep, n, map.F);
     }
     sums.c = sums.most;
     sums.set_add(map);
@@ -396,9 +378,10 @@ void unpad_rows(const std::vector<A>& from, int64_t rows, int64_t columns, int64
 // Adds to the sums of some keys those of others, which are lost.
 template <typename T, typename A = acc_t<T>>
 void merge(const Problem<T>& p, Sums<A>& sums, Sums<A>& others) {
+  const A none = 0;
   const bool kept = true;
   const std::vector<A> before = sums.c;
-  largest_rows(sums.most.data(), others.most.data(), 0, &kept, 1, p.s.F);
+  largest_rows(sums.most.data(), others.most.data(), 0, &none, &kept, 1, p.s.F);
   sums.c = sums.most;
   rescale(sums.kv.data(), p.lv, p.s.V, sums.z.data(), before.data(), sums.c.data(), p.s.F);
   rescale(others.kv.data(), p.lv, p.s.V, others.z.data(), others.c.data(), sums.c.data(), p.s.F);
@@ -533,7 +516,8 @@ void causal_rows(const Problem<T>& p, const View<T>& out, Sums<A>& sums, int64_t
       before = sums.c;
       n = rows;
       if (map.has_exponent()) {
-        n = reach(map, key.e.data() + first * map.lf, keep + first, rows - first, sums.most.data(), sums.c.data());
+        n = reach(map, key.own.data() + first * map.lf, key.shift.data() + first, keep + first, rows - first,
+                  sums.most.data(), sums.c.data());
         rescale(sums.kv.data(), p.lv, s.V, sums.z.data(), before.data(), sums.c.data(), s.F);
         sums.set_add(map);
       }
@@ -760,7 +744,8 @@ void causal_queries_bwd(const Problem<T>& p, Gradients<T>& g, const Sums<A>& sta
       before = sums.c;
       n = rows;
       if (map.has_exponent()) {
-        n = reach(map, key.e.data() + first * lf, keep + first, rows - first, sums.most.data(), sums.c.data());
+        n = reach(map, key.own.data() + first * lf, key.shift.data() + first, keep + first, rows - first,
+                  sums.most.data(), sums.c.data());
         rescale_t(sums.kv.data(), lf, s.V, sums.z.data(), before.data(), sums.c.data(), s.F, sums.factor.data());
         sums.set_add(map);
       }

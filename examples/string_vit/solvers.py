@@ -100,7 +100,6 @@ def cells(options: argparse.Namespace, device: torch.device, solvers: list[str])
             if forward > 1000 * PATIENCE[device.type]:
                 slow.append((solver, place))
             cell = {"d": size, "f": label, "pairs": place[2], "tokens": tokens, "solver": solver}
-            cell["auto"] = fastest(device.type, size, place[2], HEADS, tokens)
             yield cell | {"forward_ms": forward, "step_ms": step}
         print(f"d = {size}, f = {label}, {tokens} tokens: {len(left)} solvers", flush=True)
 
@@ -162,14 +161,15 @@ def shortest(call: Callable[[], Any], seconds: float, device: torch.device) -> f
 
 
 def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each place and pass: the times of all solvers, the fastest, and what "auto" takes."""
+    """For each place and pass: the times of all solvers, the fastest, and what "auto" takes today."""
     rows = []
+    device = "cpu" if found["device"].startswith("cpu") else "cuda"
     for (d, f, tokens), group in groupby(found["cells"], key=lambda c: (c["d"], c["f"], c["tokens"])):
         cells = list(group)
         for kind in ("forward", "step"):
             times = {c["solver"]: c[f"{kind}_ms"] for c in cells}
             best = min(times, key=times.__getitem__)
-            auto = cells[0]["auto"]
+            auto = fastest(device, d, cells[0]["pairs"], found["heads"], tokens, grad=kind == "step")
             rows.append(
                 {"d": d, "f": f, "tokens": tokens, "pass": kind, "times": times, "best": best, "auto": auto}
                 | {"auto_over_best": times.get(auto, nan) / times[best]}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_shape, fail
 from ..ops import sparse_cayley
-from ..ops.sparse.api import SOLVERS, fastest
+from ..ops.sparse.api import SOLVERS, differentiated, fastest
 from ..ops.sparse.solvers import basis
 from .rope import RoPE
 from .rotary import Foldable
@@ -153,8 +153,8 @@ class SparseCayleySTRING(Foldable, RoPE):
         wide = q.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
         if not wide:
             return "matrix"
-        tokens = q.shape[0] * q.shape[1] * q.shape[2] // self.num_heads
-        return fastest(q.device.type, self.head_dim, self.theta.shape[1], self.num_heads, tokens)
+        tokens, grad = q.shape[0] * q.shape[1] * q.shape[2] // self.num_heads, differentiated(q, self.theta)
+        return fastest(q.device.type, self.head_dim, self.theta.shape[1], self.num_heads, tokens, grad)
 
     def _apply_basis(self, q: Tensor, k: Tensor | None, prefix: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         name, solver = "SparseCayleySTRING", self._solver_for(q)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastrpe.ops import sparse_cayley
-from fastrpe.ops.sparse import pattern, reference, solvers
+from fastrpe.ops.sparse import api, pattern, reference, solvers
 from fastrpe.ops.sparse.api import SOLVERS, fastest
 from fastrpe.ops.sparse.pattern import Pattern, patterns_of
 from fastrpe.testing.asserts import LAW_FLOAT64, assert_accurate, assert_bitwise, assert_within
@@ -359,16 +359,30 @@ def test_a_pattern_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_what_the_shapes_say() -> None:
     if solvers.problem("lu", "cpu"):
-        assert fastest("cpu", 512, 256, 2, 4096) == "matrix"
+        assert fastest("cpu", 512, 256, 2, 4096, grad=False) == "matrix"
         pytest.skip("the native library is not built")
-    assert fastest("cpu", 512, 256, 2, 4096) == fastest("cpu", 512, 511, 2, 4096) == "lu"
-    assert fastest("cpu", 512, 512 * 511 // 2, 2, 4096) == fastest("cpu", 64, 2016, 2, 4096) == "matrix"
-    assert fastest("cpu", 1024, 1024 * 1023 // 2, 2, 256) == "dense"
-    assert {fastest("cuda", d, d // 2, 2, 4096) for d in (64, 512)} == {"matrix"}
+    for grad in (False, True):
+        assert fastest("cpu", 512, 256, 2, 4096, grad) == fastest("cpu", 512, 511, 2, 4096, grad) == "lu"
+        assert fastest("cpu", 512, 512 * 511 // 2, 2, 4096, grad) == fastest("cpu", 64, 2016, 2, 4096, grad) == "matrix"
+        assert fastest("cpu", 1024, 1024 * 1023 // 2, 2, 256, grad) == "dense"
+        assert {fastest("cuda", d, d // 2, 2, 4096, grad) for d in (64, 512)} == {"matrix"}
     for count, size in itertools.product((5, 120), (16,)):
         pairs, theta, x = _pairs(count), _normal(HEADS, count), _normal(HEADS, 3, size)
-        name = fastest("cpu", size, count, HEADS, 3)
+        name = fastest("cpu", size, count, HEADS, 3, grad=False)
         assert_bitwise(sparse_cayley(x, theta, pairs), sparse_cayley(x, theta, pairs, solver=name))
+
+
+def test_auto_knows_whether_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(api, "fastest", lambda *arguments: asked.append(arguments[-1]) or "components")
+    pairs, theta, x = _pairs(5), _normal(HEADS, 5), _normal(HEADS, 3, SIZE)
+    learned, fixed = theta.clone().requires_grad_(), x.clone().requires_grad_()
+    for inputs, wanted in (((x, theta), False), ((x, learned), True), ((fixed, theta), True)):
+        sparse_cayley(*inputs, pairs)
+        with torch.no_grad():
+            sparse_cayley(*inputs, pairs)
+        assert asked == [wanted, False]
+        asked.clear()
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def sparse_cayley(
             - ``"superlu"``: the same by SuperLU, on a CPU (``pip install fastrpe[superlu]``).
             - ``"components"``: the connected components of the pattern as batched small dense inverses.
             - ``"cg"``: conjugate gradients on I + S^T S.
-            - ``"auto"``: the fastest by a rule measured on random patterns, from the shapes and the device.
+            - ``"auto"``: the fastest by a rule measured on random patterns, from the shapes, the device and whether
+              gradients are wanted.
 
     Returns:
         The shape and dtype of ``x``, contiguous, rounded once. Deterministic. Gradients flow to ``x`` and ``theta``;
@@ -73,7 +74,8 @@ def sparse_cayley(
     check_type(op, "inverse", inverse, bool)
     check_choice(op, "solver", solver, ("auto", *SOLVERS))
     if solver == "auto":
-        solver = fastest(x.device.type, size, theta.shape[1], heads, x.numel() // max(1, heads * size))
+        tokens, grad = x.numel() // max(1, heads * size), differentiated(x, theta)
+        solver = fastest(x.device.type, size, theta.shape[1], heads, tokens, grad)
     elif why := problem(solver, x.device.type):
         raise RuntimeError(f"{op}: solver must be available on {x.device.type}, got {solver!r}: {why}")
     if solver == "matrix":
@@ -82,22 +84,27 @@ def sparse_cayley(
     return y
 
 
-def fastest(device_type: str, size: int, count: int, heads: int, tokens: int) -> str:
+def differentiated(*inputs: Tensor) -> bool:
+    """Whether gradients of some input are wanted."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
+def fastest(device_type: str, size: int, count: int, heads: int, tokens: int, grad: bool) -> str:
     """The solver that ``"auto"`` takes for K = ``count`` pairs placed at random and so many tokens of each head.
 
-    On a CPU sparse LU, a matrix or, for fewer tokens than a large head has coordinates, dense LU: what should take the
-    least time forward and backward. Nanoseconds for each token, on two cores, fitted to
-    examples/string_vit/results/solvers-cpu.json. A GPU takes the matrix, by estimate.
+    On a CPU sparse LU, a matrix or dense LU: what should take the least time, forward alone or, with ``grad``, forward
+    and backward, which solves three times for each token and factorises twice. Nanoseconds for each token, on two
+    cores, fitted to examples/string_vit/results/solvers-cpu.json. A GPU takes the matrix, by estimate.
     """
     if device_type != "cpu" or problem("lu", "cpu"):
         return "matrix"
-    tokens = max(tokens, 1)
+    solves, factors = (3, 2 / max(tokens, 1)) if grad else (1, 1 / max(tokens, 1))
     each = count / size
     # Elimination fills a random graph in from about one pair for each coordinate on.
     fill = min(size * (size - 1) / 2, count + max(0.0, (each - 1.2) / (each + 8)) * size**2 / 2)
-    lu = 0.62 * fill + 0.88 * size + fill**2 / (size * tokens)
-    matrix = 0.0344 * size**2 + (0.15 * size**3 + 800_000 / heads) / tokens
-    dense = 0.139 * size**2 + 18 * size + (0.034 * size**3 + 1_000_000 / heads) / tokens
+    lu = solves * (0.17 * fill + size) + factors * 0.35 * fill**2 / size
+    matrix = solves * 0.014 * size**2 + factors * (0.067 * size**3 + 22 * count + 560_000 / heads)
+    dense = solves * (0.05 * size**2 + 5.2 * size) + factors * (0.024 * size**3 + 190_000 / heads)
     if dense < min(lu, matrix):
         return "dense"
     return "lu" if lu < matrix else "matrix"
