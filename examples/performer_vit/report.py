@@ -8,7 +8,18 @@ from typing import Any
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
 from examples.common.report import MARKS as MARKS
-from examples.common.report import Check, Parts, accuracies, check_table, command, difference, make, save, seeds_of
+from examples.common.report import (
+    Check,
+    Parts,
+    accuracies,
+    check_table,
+    command,
+    devices_of,
+    difference,
+    make,
+    save,
+    seeds_of,
+)
 
 from .variants import FTHETA, OF_FOLDERS, OF_LENGTH, STUDIES, VARIANTS, tokens
 
@@ -125,7 +136,7 @@ def _accuracy(study: str, group: dict[str, Runs], timing: dict[str, Any] | None)
     first = next(iter(group.values()))
     seeds = seeds_of(group)
     head = f"**{title(study)}** (tokens: {tokens(study)}, epochs: {first[0]['recipe']['epochs']}, seeds: {seeds}, "
-    head += f"{first[0]['device']}): mean and deviation of the accuracy; "
+    head += f"{devices_of(group)}): mean and deviation of the accuracy; "
     head += "times without contention, as below." if rows else "times as they came."
     return head + "\n\n" + results.table([run for runs in group.values() for run in runs], columns)
 
