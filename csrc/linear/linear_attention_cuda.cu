@@ -13,9 +13,8 @@
 // queries attend over features, 64 rows to a warpgroup, with the mean value of each feature and the logarithm of its
 // weight.
 //
-// One kernel does both where a cluster of blocks holds a head: the blocks share the keys, add up their sums through
-// each other's shared memory, and share the queries. Few long heads take three kernels with the sums in global memory.
-// Exponents are in base 2.
+// One kernel does both where there are heads enough for all multiprocessors, a block for each. Fewer heads take three
+// kernels, with the sums of each block's share of the keys in global memory. Exponents are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -26,7 +25,6 @@ constexpr float masked = -1e30f;  // the exponent of a key that takes no part: n
 
 constexpr int width = 64;          // D and V
 constexpr int pieces = width / 8;  // of 16 bytes, of a row
-constexpr int largest_cluster = 8;
 
 // Rows of width neighbouring values, each aligned to 16 bytes.
 template <typename T>
@@ -83,16 +81,14 @@ struct Plan {
   static constexpr int pool = stages * stage;
   static constexpr int exchange = M * width / 4;  // sums in float32, at the beginning of the pool
   static constexpr int rows = 64;                 // queries of a tile
-  static constexpr size_t bytes = 16 * (2 * features + pool) + sizeof(float) * (5 * M + keys);
+  static constexpr size_t bytes = 16 * (2 * features + pool) + sizeof(float) * (3 * M + keys);
   static_assert(pool == exchange + groups * 2 * rows * pieces);
 };
 
 template <int M>
 struct Memory {
   uint4 *omega, *means, *pool;
-  float *exponents, *z, *c;
-  float2* all;  // z and c of all keys
-  float* key_bias;
+  float *exponents, *z, *c, *key_bias;
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
@@ -101,8 +97,7 @@ struct Memory {
         exponents(reinterpret_cast<float*>(pool + Plan<M>::pool)),
         z(exponents + M),
         c(z + M),
-        all(reinterpret_cast<float2*>(c + M)),
-        key_bias(c + 3 * M) {}
+        key_bias(c + M) {}
 };
 
 // Where the 16 bytes number u of a row lie, as the tensor cores read them.
@@ -378,10 +373,10 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& m
   z[1] = sum_of_four(z[1]);
 }
 
-// Adds the sums of a cluster's blocks, each of them those of a part of the features, for all of them.
+// From the sums of all keys, in the warpgroups' registers: the state, and what queries read.
 template <typename T, int M>
-__device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<M>& memory, const float (&kv)[32],
-                                              const float (&z)[2], const float (&c)[2]) {
+__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<M>& memory, const float (&kv)[32],
+                                           const float (&z)[2], const float (&c)[2]) {
   using Of = Plan<M>;
   float* sums = reinterpret_cast<float*>(memory.pool);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + g;
@@ -398,79 +393,26 @@ __device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<
       memory.c[feature + 8 * i] = c[i];
     }
   }
-  cluster_barrier();
+  __syncthreads();
   const Place place(args);
-  const int first = M * place.rank / args.share, count = M * (place.rank + 1) / args.share - first;
-  for (int n = threadIdx.x; n < count * pieces; n += Of::threads) {
-    const int row = first + n / pieces, u = n % pieces;
-    float part_c[largest_cluster], all_c = empty;
-#pragma unroll
-    for (int block = 0; block < largest_cluster; ++block) {
-      part_c[block] = block < args.share ? load_peer(peer(memory.c + row, block)) : empty;
-    }
-#pragma unroll
-    for (float x : part_c) {
-      all_c = fmaxf(all_c, x);
-    }
-    float all_z = 0;
-    float2 sum[4] = {};
-    const float* from = sums + row * width + u * 8;
-#pragma unroll
-    for (int some = 0; some < largest_cluster; some += 4) {
-      if (some < args.share) {
-        float4 x[4], y[4];
-        float part_z[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int block = min(some + i, args.share - 1);
-          x[i] = load_peer4(peer(from, block));
-          y[i] = load_peer4(peer(from + 4, block));
-          part_z[i] = load_peer(peer(memory.z + row, block));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (some + i < args.share) {
-            const float factor = exp2_approximate(part_c[some + i] - all_c);
-            all_z = fmaf(part_z[i], factor, all_z);
-            add(sum[0], x[i].x, x[i].y, factor);
-            add(sum[1], x[i].z, x[i].w, factor);
-            add(sum[2], y[i].x, y[i].y, factor);
-            add(sum[3], y[i].z, y[i].w, factor);
-          }
-        }
-      }
-    }
+  for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
+    const int row = n / pieces, u = n % pieces;
+    const float4* from = reinterpret_cast<const float4*>(sums + row * width + u * 8);
+    const float4 x = from[0], y = from[1];
+    float2 sum[4] = {{x.x, x.y}, {x.z, x.w}, {y.x, y.y}, {y.z, y.w}};
     swap_if(row & 1, sum[0], sum[1]);
     swap_if(row & 1, sum[2], sum[3]);
     swap_if(row & 2, sum[0], sum[2]);
     swap_if(row & 2, sum[1], sum[3]);
-    const uint4 mean = mean_value<T>(sum, all_z);
-    const float exponent = query_exponent(args, place.h, row, all_z, all_c);
-    for (int block = 0; block < args.share; ++block) {
-      store_peer(peer(memory.means + piece(row, u), block), mean);
-      if (u == 0) {
-        store_peer(peer(memory.exponents + row, block), exponent);
-      }
-    }
-    // The state waits here, where nobody else looks: the barrier would wait for its way to global memory.
-    float2* kept = reinterpret_cast<float2*>(sums + row * width + u * 8);
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      kept[p] = sum[p];
-    }
+    const float all_z = memory.z[row], all_c = memory.c[row];
+    memory.means[piece(row, u)] = mean_value<T>(sum, all_z);
     if (u == 0) {
-      memory.all[row] = {all_z, all_c};
+      memory.exponents[row] = query_exponent(args, place.h, row, all_z, all_c);
     }
+    store_state<T, M>(args, place.b, place.h, row, u, sum, all_z, all_c);
   }
-  cluster_visible();
-  cluster_barrier();
   copies_visible();
-  for (int n = threadIdx.x; n < count * pieces; n += Of::threads) {
-    const int row = first + n / pieces, u = n % pieces;
-    const float2* kept = reinterpret_cast<const float2*>(sums + row * width + u * 8);
-    const float2 kv[4] = {kept[0], kept[1], kept[2], kept[3]}, all = memory.all[row];
-    store_state<T, M>(args, place.b, place.h, row, u, kv, all.x, all.y);
-  }
+  __syncthreads();
 }
 
 // The tiles of queries of a warpgroup; a ring of `Ring` of them in shared memory.
@@ -595,7 +537,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) linear_atte
       }
     });
     if constexpr (Of == Pass::both) {
-      exchange_sums<T, M>(args, memory, kv, z, c);
+      share_sums<T, M>(args, memory, kv, z, c);
     } else {
       const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
@@ -651,56 +593,21 @@ __global__ void __launch_bounds__(256) add_shares_kernel(const Args<T> args) {
   }
 }
 
-// How many blocks share a head, and whether in one launch.
-struct Division {
-  int share;
-  bool one;
-};
-
-// By the time of the most loaded multiprocessor, in units of 64 x 64 weights for each of its warpgroups.
+// How many blocks share a head's keys, and its queries: all that are resident. Where it is one alone, one launch does
+// it. (Clusters of blocks that exchange their sums through shared memory were slower at every size measured.)
 template <int M>
-Division divide(int64_t heads, int64_t S, int64_t row_tiles, int multiprocessors) {
-  using Of = Plan<M>;
-  constexpr int64_t begin = 4, launches = 12;
-  const int64_t key_tiles = (S + Of::keys - 1) / Of::keys;
-  const auto work = [&](int64_t share) {
-    return begin + ceil_div(key_tiles, share) * (Of::keys / 64) + ceil_div(row_tiles, share * Of::groups) * Of::groups;
-  };
-  Division best{1, true};
-  int64_t least = INT64_MAX;
-  for (int share = 1; share <= std::min<int64_t>(largest_cluster, std::max<int64_t>(key_tiles, 1)); ++share) {
-    // A cluster lies within one of the parts of the chip that have 16 multiprocessors or more.
-    const int64_t resident =
-        share == 1 ? multiprocessors * Of::blocks : std::max(multiprocessors / 16 * (16 * Of::blocks / share), 1);
-    const int64_t time = ceil_div(heads, resident) * work(share);
-    if (time <= least) {
-      least = time;
-      best = {share, true};
-    }
-  }
-  const int64_t share = std::min(multiprocessors * Of::blocks / heads, key_tiles);
-  if (share > 1 && launches + work(share) < least) {
-    best = {static_cast<int>(share), false};
-  }
-  return best;
+int share_of(int64_t heads, int64_t S, int multiprocessors) {
+  const int64_t key_tiles = (S + Plan<M>::keys - 1) / Plan<M>::keys;
+  return static_cast<int>(
+      std::clamp<int64_t>(multiprocessors * Plan<M>::blocks / heads, 1, std::max<int64_t>(key_tiles, 1)));
 }
 
 template <typename T, int M, Pass Of>
-void launch(const Args<T>& args, int64_t cluster, cudaStream_t stream) {
+void launch(const Args<T>& args, cudaStream_t stream) {
   const auto kernel = linear_attention_kernel<T, M, Of>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan<M>::bytes));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(args.heads * args.share);
-  config.blockDim = dim3(Plan<M>::threads);
-  config.dynamicSmemBytes = Plan<M>::bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+  kernel<<<args.heads * args.share, Plan<M>::threads, Plan<M>::bytes, stream>>>(args);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
@@ -754,9 +661,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     STD_TORCH_CHECK(mask->is_contiguous() && mask->numel() == B * S, op, ": mask must have shape (B, S)");
   }
   constexpr int64_t limit = int64_t{1} << 30;
-  STD_TORCH_CHECK(
-      L < limit && S < limit && B * Hk < limit / largest_cluster && (Hk == 0 || H / Hk * (L / 64 + 1) < limit), op,
-      ": the native kernel takes fewer than 2^30 tokens; use backend='reference'");
+  STD_TORCH_CHECK(L < limit && S < limit && B * Hk < limit && (Hk == 0 || H / Hk * (L / 64 + 1) < limit), op,
+                  ": the native kernel takes fewer than 2^30 tokens; use backend='reference'");
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Tensor out = new_empty(q, {B, H, L, width}, dtype);
@@ -795,10 +701,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.queries = static_cast<int>(H / Hk);
     args.row_tiles = ceil_div(L, Plan<F>::rows);
     args.heads = static_cast<int>(B * Hk);
-    const Division division = divide<F>(args.heads, S, int64_t{args.queries} * args.row_tiles, multiprocessors);
-    args.share = division.share;
-    if (division.one) {
-      launch<T, F, Pass::both>(args, args.share, stream);
+    args.share = share_of<F>(args.heads, S, multiprocessors);
+    if (args.share == 1) {
+      launch<T, F, Pass::both>(args, stream);
       return;
     }
     const int64_t parts = static_cast<int64_t>(args.heads) * args.share;
@@ -811,10 +716,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.part_c = args.part_z + parts * F;
     args.means = static_cast<T*>(means.mutable_data_ptr());
     args.exponents = static_cast<float*>(exponents.mutable_data_ptr());
-    launch<T, F, Pass::keys>(args, 1, stream);
+    launch<T, F, Pass::keys>(args, stream);
     add_shares_kernel<T, F><<<args.heads*(F * pieces / 256), 256, 0, stream>>>(args);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    launch<T, F, Pass::queries>(args, 1, stream);
+    launch<T, F, Pass::queries>(args, stream);
   };
   const auto dispatch = [&](auto zero) {
     switch (M) {

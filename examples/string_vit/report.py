@@ -134,7 +134,8 @@ def _accuracy(out: Path, dataset: str, group: dict[str, Runs]) -> str:
     first = next(iter(group.values()))
     seeds = seeds_of(group)
     epochs = first[0]["recipe"]["epochs"]
-    head = f"**{TITLES[dataset]}** (epochs: {epochs}, seeds: {seeds}, {devices_of(group)}): mean and deviation of the accuracy; "
+    head = f"**{TITLES[dataset]}** (epochs: {epochs}, seeds: {seeds}, {devices_of(group)}): mean and deviation of the "
+    head += "accuracy; "
     head += "times without contention, as below." if rows else "time of training as it came."
     return head + "\n\n" + results.table([run for runs in group.values() for run in runs], columns)
 
