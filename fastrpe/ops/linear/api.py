@@ -18,7 +18,7 @@ from ...checks import (
     wrong_type,
 )
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
-from .op import KINDS, is_hopper
+from .op import KINDS, call, is_hopper
 from .reference import EMPTY
 
 
@@ -170,9 +170,7 @@ def linear_attention(
     dtype, weighted = q.dtype, not normalize and kind in SOFTMAX
     if weighted and not autocast:  # by the features' constant, before the one rounding
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    out, *sums = torch.ops.fastrpe.linear_attention.default(
-        q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, name
-    )
+    out, *sums = call(q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, name)
     if weighted:
         out = (out * constant(kind, D if omega is None else omega.shape[-2], D, a) ** 2).to(
             out.dtype if autocast else dtype

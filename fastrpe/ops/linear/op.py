@@ -246,7 +246,7 @@ def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | No
         return (None,) * 16
     if dout is None:
         dout = q.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
-    dq, dk, dv, domega, da, dkv0, dz0 = torch.ops.fastrpe.linear_attention_bwd(
+    dq, dk, dv, domega, da, dkv0, dz0 = call_bwd(
         dout, dkv, dz, q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale,
         *last, needs[3] or needs[7], ctx.backend,
     )  # fmt: skip
@@ -268,8 +268,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-register_autograd(LIB, "linear_attention", _linear_attention, _setup, _backward)
-register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _setup_nothing, _no_double_backward)
+call = register_autograd(LIB, "linear_attention", _linear_attention, _setup, _backward)
+call_bwd = register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _setup_nothing, _no_double_backward)
 
 
 # Autocast: q, k and v go to the autocast dtype, as in scaled_dot_product_attention; omega, a and the state stay -------
