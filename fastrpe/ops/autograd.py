@@ -33,7 +33,8 @@ def is_plain(args: Sequence[Any]) -> bool:
     Native operators go through the dispatcher themselves, which resolves what is lazy; Triton's kernels read memory.
     """
     return (
-        args[-1] == "native"
+        not torch.compiler.is_compiling()
+        and args[-1] == "native"
         and PLAIN.issuperset(map(type, args))
         and torch._C._dispatch_tls_local_include_set().raw_repr() in OUTSIDE
         and not torch._C._is_any_autocast_enabled()
@@ -84,7 +85,7 @@ def register_autograd(
         return below(keyset, args)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_plain(args):
+        if not is_plain(args):
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args, None)
