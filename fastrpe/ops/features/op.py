@@ -228,7 +228,7 @@ def _autocast(device_type: str, key: str) -> None:
     def cast(x: Tensor, *rest: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
-            y: Tensor = torch.ops.fastrpe.random_features.default(x, *rest)
+            y: Tensor = call(x, *rest)
             return y
 
     LIB.impl("random_features", cast, key)

@@ -300,7 +300,7 @@ def _autocast(device_type: str, key: str) -> None:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-            y: Results = torch.ops.fastrpe.linear_attention.default(q, k, v, *rest)
+            y: Results = call(q, k, v, *rest)
             return y
 
     LIB.impl("linear_attention", cast, key)

@@ -351,23 +351,21 @@ call_rotate_bwd = register_autograd(LIB, "rotate_bwd", _rotate_bwd, _setup_nothi
 # Autocast: q and k go to the autocast dtype, as in scaled_dot_product_attention; angles and the basis stay -----------
 
 
-def _autocast(name: str, device_type: str, key: str) -> None:
+def _autocast(name: str, call: Callable[..., Pair], device_type: str, key: str) -> None:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    op = getattr(torch.ops.fastrpe, name).default
 
     def cast(q: Tensor, k: Tensor, *rest: Any) -> Pair:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             q, k = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k))
-            y: Pair = op(q, k, *rest)
-            return y
+            return call(q, k, *rest)
 
     LIB.impl(name, cast, key)
 
 
-for _name in ("rotate", "rotate_cos_sin"):
-    _autocast(_name, "cuda", "AutocastCUDA")
-    _autocast(_name, "cpu", "AutocastCPU")
+for _name, _call in (("rotate", call_rotate), ("rotate_cos_sin", call_rotate_cos_sin)):
+    _autocast(_name, _call, "cuda", "AutocastCUDA")
+    _autocast(_name, _call, "cpu", "AutocastCPU")
 
 
 # vmap ----------------------------------------------------------------------------------------------------------------
