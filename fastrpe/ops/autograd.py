@@ -17,13 +17,8 @@ DENSE = {
     )
 }
 # What a thread adds to the keys of a tensor outside every mode, transform and tracer; less in inference mode.
-OUTSIDE = {
-    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr(),
-    (
-        torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-        | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    ).raw_repr(),
-}
+_BASE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+OUTSIDE = {_BASE.raw_repr(), (_BASE | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr()}
 PLAIN = {Tensor, Parameter, type(None), str, bool, int, float}
 
 
@@ -47,8 +42,8 @@ def register_autograd(
     lib: torch.library.Library,
     name: str,
     kernel: Callable[..., Any],
-    setup: Callable[..., None],
     backward: Callable[..., Any],
+    setup: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Register, and give a function that is the operator without its dispatcher where a call is plain."""
     op = getattr(getattr(torch.ops, lib.ns), name).default
@@ -62,7 +57,8 @@ def register_autograd(
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
         output = kernel(*inputs) if keyset is None else below(keyset, inputs)
-        setup(ctx, inputs, output)
+        if setup is not None:
+            setup(ctx, inputs, output)
         return output
 
     def differentiate(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:

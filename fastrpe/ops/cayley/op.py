@@ -95,8 +95,8 @@ def _backward_bwd(ctx: Any, ddparams: Tensor) -> tuple[Tensor | None, Tensor | N
     return ddy, 2 * (wide @ X.mT @ U + U @ X.mT @ wide) if need_inverse else None, None
 
 
-call = register_autograd(LIB, "cayley_basis", _cayley_basis, _setup, _backward)
-call_bwd = register_autograd(LIB, "cayley_basis_bwd", _cayley_basis_bwd, _setup_bwd, _backward_bwd)
+call = register_autograd(LIB, "cayley_basis", _cayley_basis, _backward, _setup)
+call_bwd = register_autograd(LIB, "cayley_basis_bwd", _cayley_basis_bwd, _backward_bwd, _setup_bwd)
 
 
 # vmap: all leading axes are heads ------------------------------------------------------------------------------------

@@ -195,10 +195,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "random_features: x, omega and a must not require grad for a second derivative, got a gradient that depends "
@@ -214,9 +210,9 @@ def _backward_fwht(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return call_fwht(dy, *ctx.options), None, None  # Hadamard matrices are symmetric
 
 
-call = register_autograd(LIB, "random_features", _random_features, _setup, _backward)
-call_bwd = register_autograd(LIB, "random_features_bwd", _random_features_bwd, _setup_nothing, _no_double_backward)
-call_fwht = register_autograd(LIB, "fwht", _fwht, _setup_fwht, _backward_fwht)
+call = register_autograd(LIB, "random_features", _random_features, _backward, _setup)
+call_bwd = register_autograd(LIB, "random_features_bwd", _random_features_bwd, _no_double_backward)
+call_fwht = register_autograd(LIB, "fwht", _fwht, _backward_fwht, _setup_fwht)
 
 
 # Autocast: x goes to the autocast dtype, as in scaled_dot_product_attention; omega and a stay -------------------------

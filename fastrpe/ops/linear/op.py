@@ -276,18 +276,14 @@ def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | No
     )  # fmt: skip
 
 
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "linear_attention: inputs must not require grad for a second derivative, got a gradient that depends on theirs"
     )
 
 
-call = register_autograd(LIB, "linear_attention", _linear_attention, _setup, _backward)
-register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _setup_nothing, _no_double_backward)
+call = register_autograd(LIB, "linear_attention", _linear_attention, _backward, _setup)
+register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _no_double_backward)
 
 
 # Autocast: q, k and v go to the autocast dtype, as in scaled_dot_product_attention; omega, a and the state stay -------

@@ -337,15 +337,11 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-def _setup_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    pass
-
-
-call_rotate = register_autograd(LIB, "rotate", _rotate, _setup_rotate, _backward_rotate)
+call_rotate = register_autograd(LIB, "rotate", _rotate, _backward_rotate, _setup_rotate)
 call_rotate_cos_sin = register_autograd(
-    LIB, "rotate_cos_sin", _rotate_cos_sin, _setup_rotate_cos_sin, _backward_rotate_cos_sin
+    LIB, "rotate_cos_sin", _rotate_cos_sin, _backward_rotate_cos_sin, _setup_rotate_cos_sin
 )
-call_rotate_bwd = register_autograd(LIB, "rotate_bwd", _rotate_bwd, _setup_nothing, _no_double_backward)
+call_rotate_bwd = register_autograd(LIB, "rotate_bwd", _rotate_bwd, _no_double_backward)
 
 
 # Autocast: q and k go to the autocast dtype, as in scaled_dot_product_attention; angles and the basis stay -----------
