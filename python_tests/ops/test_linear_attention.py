@@ -1,7 +1,11 @@
 """Linear attention: SPEC 4.9, items 6, 7 and 10, its options, its state, and PyTorch's machinery around it."""
 
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -427,6 +431,19 @@ def arguments_of(one: dict[str, Any], backend: str, causal: bool, state: State |
     mask = torch.ones(one["k"].shape[0], one["k"].shape[2], dtype=torch.bool, device=one["k"].device)
     head = (one["q"], one["k"], one["v"], one.get("omega"), one["kind"], causal, 0.7, one.get("a"), 0.0, True)
     return (*head, mask, None, *parts, backend)
+
+
+def test_triton_kernels_fit_a_gpu() -> None:
+    """They compile for Hopper, within its shared memory: interpreted kernels do not show it."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton.py")
+    path = os.pathsep.join((str(script.parents[2]), environment.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, script], env=environment | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "15 kernels compiled"
 
 
 @CAUSAL
