@@ -179,7 +179,11 @@ def _gradients(
     else:
         if bias is not None and a is not None:
             wide, factor = omega.to(domega.dtype), (1 - 4 * a.to(domega.dtype)) ** 0.5
-            da = ((dbias * wide.square().sum(-1)).sum() - (domega * wide).sum() * 2 / factor).to(a.dtype)
+            square = wide.square().sum(-1)
+            if normalize and not eps and kv is None and dkv is None and dz is None:
+                # A bias that all features have cancels: dbias sums to 0, but for rounding, which need not be magnified.
+                square = square - square.mean(-1, keepdim=True)
+            da = ((dbias * square).sum() - (domega * wide).sum() * 2 / factor).to(a.dtype)
             domega = domega * factor + 2 * a.to(domega.dtype) * dbias.unsqueeze(-1) * wide
         domega = _to(domega, omega.dtype)
     return dq, dk, dv, domega, da, dkv0, dz0
