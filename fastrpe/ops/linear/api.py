@@ -20,7 +20,8 @@ from ...checks import (
     wrong_type,
 )
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
-from .op import KINDS, call, is_hopper
+from ..hopper import is_hopper
+from .op import KINDS, call
 from .reference import EMPTY
 
 SCALARS = (float, int, torch.SymFloat)

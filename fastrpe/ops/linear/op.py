@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from math import gcd
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..autograd import is_plain, register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
+from ..hopper import aligned
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -65,37 +65,18 @@ def _prepare(
         wide, a, kind = omega.to(acc), a.to(acc), "positive"
         omega, bias = wide * (1 - 4 * a) ** 0.5, (a * wide.square().sum(-1)).contiguous()
     on_gpu = q.is_cuda
-    if not (
-        on_gpu and backend == "native" and omega.dtype == acc
-    ):  # which rounds a projection in float32 as it reads it
+    rounds = on_gpu and backend == "native" and omega.dtype == acc  # the kernel does, as it reads it
+    if not rounds:
         omega = _to(omega, dtype)
     if not on_gpu:
         omega = _to(omega, acc)
     elif backend == "native":
-        omega = _aligned(omega)
+        omega = aligned(omega)
     return omega.contiguous(), bias, kind
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # nothing to do is found sooner here
-
-
-def is_hopper(device: int) -> bool:
-    if torch.compiler.is_compiling():
-        return bool(torch.cuda.get_device_properties(device).major == 9)
-    return _is_hopper(device)
-
-
-@functools.cache  # asking takes longer than a launch
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_properties(device).major == 9
-
-
-def _aligned(x: Tensor) -> Tensor:
-    *outer, inner = x.stride()
-    if inner == 1 and gcd(*outer) % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -126,7 +107,7 @@ def _linear_attention(
         )
     omega, bias, kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        q, k, v = aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
     results: Results = _kernel("linear_attention", backend)(
         q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest
@@ -165,7 +146,7 @@ def _gradients(
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
     prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
-        dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
+        dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
     dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(
         dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,

@@ -1,6 +1,5 @@
 """Operators of the rotary family: schemas, kernel table, fake, autograd, autocast and vmap rules."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import register_autograd
+from ..hopper import aligned, is_hopper
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -57,7 +57,7 @@ def _rotate(
         return rotate(q, k, positions, freqs, interleaved, inverse, factor, prefix)
     if backend == "native" and _fuses(q, freqs):
         fused: Pair = torch.ops.fastrpe_native.rotate_basis.default(
-            _aligned(q), _aligned(k), positions, freqs, _aligned(basis.to(q.dtype).contiguous()),
+            aligned(q), aligned(k), positions, freqs, aligned(basis.to(q.dtype).contiguous()),
             interleaved, inverse, factor, prefix,
         )  # fmt: skip
         return fused
@@ -145,7 +145,7 @@ def _fused_bwd(
     """Gradients through a basis in one pass over memory; those of freqs and basis are empty where not needed."""
     angles = _angles(q, positions, freqs)
     dq, dk, db, df = torch.ops.fastrpe_native.rotate_basis_bwd.default(
-        _aligned(dyq), _aligned(dyk), _aligned(q), _aligned(k), *angles, _aligned(basis.to(q.dtype).contiguous()),
+        aligned(dyq), aligned(dyk), aligned(q), aligned(k), *angles, aligned(basis.to(q.dtype).contiguous()),
         interleaved, factor, prefix, need_freqs, need_basis,
     )  # fmt: skip
     empty = q.new_empty(0)
@@ -179,19 +179,7 @@ def _fuses(q: Tensor, freqs: Tensor) -> bool:
     D = q.shape[-1]
     sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
     shape = D in (64, 128) and 2 * freqs.shape[-1] == D
-    return q.is_cuda and sixteen_bits and shape and _is_hopper(q.get_device())
-
-
-@functools.cache  # asking takes longer than a launch
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _aligned(x: Tensor) -> Tensor:
-    *outer, inner = x.stride()
-    if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return q.is_cuda and sixteen_bits and shape and is_hopper(q.get_device())
 
 
 def _angles(q: Tensor, a: Tensor, b: Tensor) -> Pair:
