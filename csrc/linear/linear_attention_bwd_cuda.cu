@@ -237,6 +237,8 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   T* deltas = reinterpret_cast<T*>(exponents + M);  // delta as the sum of two numbers of 16 bits, (2, tile)
   float2* row_sums = reinterpret_cast<float2*>(deltas + 2 * tile);                // (groups, tile)
   float* half_products = reinterpret_cast<float*>(row_sums + Of::groups * tile);  // (groups, 16, 128)
+  // Without the barrier of dU's product, a warpgroup may still read row_sums when the other writes these.
+  float2* row_deltas = Omega ? reinterpret_cast<float2*>(half_products) : row_sums;
 
   const Place at(args);
   // A warpgroup has all rows of a tile, and of the features those from `base` on.
@@ -394,13 +396,13 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     }
     if constexpr (Of::groups > 1) {
       if (t == 0) {
-        row_sums[group * tile + warp * 16 + g] = {delta[0], size[0]};
-        row_sums[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
+        row_deltas[group * tile + warp * 16 + g] = {delta[0], size[0]};
+        row_deltas[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
       }
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+        const float2 other = row_deltas[(1 - group) * tile + warp * 16 + g + 8 * r];
         delta[r] += other.x;
         size[r] = fmaxf(size[r], other.y);
       }

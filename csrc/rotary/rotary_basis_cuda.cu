@@ -87,6 +87,7 @@ template <int D, bool Interleaved, bool Adjoint>
 struct Phases {
   static constexpr int rows = Adjoint ? D / 32 : 2, planes = D / 4 / rows;
   uint32_t packed[rows][planes];
+  uint32_t spoiled = 0;  // the rows that have a phase that is not finite, which `pack` cannot hold
 
   __device__ __forceinline__ static int row(int i) {
     const int warpgroup = threadIdx.x / 128 * 64;
@@ -126,6 +127,7 @@ struct Phases {
   __device__ __forceinline__ void compute(const BasisArgs<T>& args, const float* frequencies,
                                           const float (&position)[rows][Coords]) {
     const float* rest = frequencies + args.shape.C * args.shape.R;
+    float sums[rows] = {};
 #pragma unroll
     for (int n = 0; n < planes; ++n) {
 #pragma unroll
@@ -133,8 +135,18 @@ struct Phases {
         float c, s;
         phases<Coords, T, 1>(args, frequencies, rest, position[i], plane(n), 1.0f, 1.0f, &c, &s);
         packed[i][n] = pack(c, s);
+        sums[i] += c;
       }
     }
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+      spoiled |= isnan(sums[i]) ? 1u << i : 0u;
+    }
+  }
+
+  // Row i's, NaN where it is spoiled.
+  __device__ __forceinline__ float factor(int i, float given) const {
+    return spoiled >> i & 1 ? NAN : given;
   }
 };
 
@@ -167,7 +179,7 @@ __device__ __forceinline__ void turn_sums(Sums<D>& sums, const Phases<D, Interle
     for (int i = 0; i < 2; ++i) {
       const int a = Interleaved ? n * 4 + i * 2 : n / 2 * 4 + i * 2 + n % 2, b = Interleaved ? a + 1 : a + D / 4;
       float c, s;
-      unpack(phases.packed[i][n], factor, c, s);
+      unpack(phases.packed[i][n], phases.factor(i, factor), c, s);
       turn(sums[a / 32][a % 32], sums[b / 32][b % 32], c, s);
     }
   }
@@ -181,9 +193,10 @@ __device__ __forceinline__ void turn_back(uint4* tile, const Phases<D, Interleav
 #pragma unroll
   for (int i = 0; i < D / 32; ++i) {
     float c[8], s[8];
+    const float row_factor = phases.factor(i, factor);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      unpack(phases.packed[i][j], factor, c[j], s[j]);
+      unpack(phases.packed[i][j], row_factor, c[j], s[j]);
       s[j] = -s[j];
     }
     const int further = (phases.row(i) - row) * 8;

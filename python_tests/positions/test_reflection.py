@@ -16,7 +16,7 @@ from fastrpe.ops.reflection import reflection_basis
 from fastrpe.ops.reflection.reference import LEAST_NORM, reflect
 from fastrpe.ops.rotary.reflection import plane_signs
 from fastrpe.positions import CayleySTRING, CirculantSTRING, ReflectionBasis, ReflectionRoPE, RoPE, TensorSTRING
-from fastrpe.testing.asserts import assert_bitwise, assert_within
+from fastrpe.testing.asserts import assert_accurate, assert_bitwise, assert_within
 from fastrpe.testing.bars import CANCELLED, DIFFERENT, NO_OP, ORTHOGONAL, REFLECTED, SHIFT, SIGMAS
 from python_tests.positions.shared import HEADS, LENGTH, SIZE, scores, tokens
 
@@ -396,9 +396,11 @@ def test_on_a_gpu_the_matrix_of_signs_is_taken_where_a_kernel_fuses_it() -> None
             assert module._goes_by_tokens(q) != fuses
             cast = module(q, k, prefix=1)
         ways = [_by_tokens(module, flag)(*narrow, prefix=1) for flag in (False, True)]
-        for a, b, c in zip(*ways, cast):
-            torch.testing.assert_close(a, b)
-            torch.testing.assert_close(c, b)
+        exact = _by_tokens(module, True)(*(x.double() for x in narrow), prefix=1)
+        for a, b, c, e in zip(*ways, cast, exact):
+            assert_accurate(a, b, e)
+            assert_accurate(b, a, e)
+            assert_accurate(c, b, e)
 
 
 def test_gradchecks() -> None:
