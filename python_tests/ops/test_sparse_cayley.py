@@ -51,6 +51,14 @@ def _normal(
     return torch.randn(shape, dtype=torch.float64, generator=_generator(seed)).to(device, dtype)
 
 
+def _assert_again(a: Tensor, b: Tensor, solver: str) -> None:
+    """The same bits, but by cuDSS, which is deterministic for one right-hand side alone."""
+    if solver == "lu" and a.is_cuda:
+        assert_within(a, b, SPARSE if a.dtype == torch.float64 else torch.finfo(a.dtype).eps)
+    else:
+        assert_bitwise(a, b)
+
+
 def _run(
     x: Tensor, theta: Tensor, pairs: Tensor, dy: Tensor, solver: str | None, inverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +130,13 @@ def test_7_gradcheck(inverse: bool, heads: int | None, solver: str, device: torc
     pairs = _pairs(6, 6, heads, device)
     theta = _normal(HEADS, 6, device=device).requires_grad_()
     x = _normal(2, 2 * HEADS, 2, 6, device=device).requires_grad_()  # two query heads for each of theta's
-    assert gradcheck(lambda x, t: sparse_cayley(x, t, pairs, inverse=inverse, solver=solver), (x, theta))
-    assert gradgradcheck(lambda x: sparse_cayley(x, theta.detach(), pairs, inverse=inverse, solver=solver), x)
+    loose = SPARSE if device.type == "cuda" and solver == "lu" else 0.0  # `_assert_again`
+    assert gradcheck(
+        lambda x, t: sparse_cayley(x, t, pairs, inverse=inverse, solver=solver), (x, theta), nondet_tol=loose
+    )
+    assert gradgradcheck(
+        lambda x: sparse_cayley(x, theta.detach(), pairs, inverse=inverse, solver=solver), x, nondet_tol=loose
+    )
 
 
 def test_second_derivatives_with_respect_to_theta(solver: str, device: torch.device) -> None:
@@ -188,8 +201,10 @@ def test_deterministic_and_inputs_left_alone(solver: str, device: torch.device) 
     x = _normal(2, HEADS, 300, SIZE, device=device, dtype=torch.float32)
     before = x.clone(), theta.clone(), pairs.clone()
     first, second = (_run(x, theta, pairs, x, solver) for _ in range(2))
-    for a, b in zip((*first, *before), (*second, x, theta, pairs)):
+    for a, b in zip(before, (x, theta, pairs)):
         assert_bitwise(a, b)
+    for a, b in zip(first, second):
+        _assert_again(a, b, solver)
 
 
 @pytest.mark.parametrize("threads", (1, 2))
@@ -248,7 +263,7 @@ def test_compile(name: str, device: torch.device) -> None:
             y = compiled(*leaves, pairs, solver=name)
             actual = y.detach(), *torch.autograd.grad(y, leaves, x)
         for a, e in zip(actual, _run(x, theta, pairs, x, name)):
-            assert_bitwise(a.contiguous(), e.contiguous())
+            _assert_again(a.contiguous(), e.contiguous(), name)
 
 
 def test_export(solver: str, device: torch.device) -> None:
@@ -259,7 +274,7 @@ def test_export(solver: str, device: torch.device) -> None:
     args = _normal(3, HEADS, 5, SIZE, device=device), _normal(HEADS, 20, device=device), _pairs(20, device=device)
     program = torch.export.export(Model(), args)
     assert solver == "matrix" or repr(solver) in program.graph_module.code
-    assert_bitwise(program.module()(*args), Model()(*args))
+    _assert_again(program.module()(*args), Model()(*args), solver)
 
 
 def test_vmap(solver: str, device: torch.device) -> None:
@@ -282,7 +297,7 @@ def test_autocast(solver: str, device: torch.device) -> None:
         with torch.autocast(device.type, torch.bfloat16):
             y = sparse_cayley(x, theta, pairs, solver=solver)
         low = x.bfloat16() if dtype == torch.float32 else x
-        assert_bitwise(y, sparse_cayley(low, theta, pairs, solver=solver))
+        _assert_again(y, sparse_cayley(low, theta, pairs, solver=solver), solver)
 
 
 @pytest.mark.gpu
@@ -477,10 +492,16 @@ class Solver:
 
 @pytest.mark.parametrize("heads", (None, HEADS), ids=("one-pattern", "per-head"))
 def test_cudss_is_asked_for_the_right_systems(heads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    binding = types.SimpleNamespace(ConfigParam=types.SimpleNamespace(DETERMINISTIC_MODE=0), config_set=lambda *_: None)
-    parts = {"": {}, ".bindings": {"cudss": binding}, ".sparse": {}, ".sparse.advanced": {"DirectSolver": Solver}}
+    device = types.SimpleNamespace(set_current=lambda: None)
+    parts = {
+        "cuda": {},
+        "cuda.core": {"Device": lambda index: device},
+        "nvmath": {},
+        "nvmath.sparse": {},
+        "nvmath.sparse.advanced": {"DirectSolver": Solver},
+    }
     for name, content in parts.items():
-        module = types.ModuleType(f"nvmath{name}")
+        module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     pairs, theta, x = _pairs(20, heads=heads), _normal(HEADS, 20), _normal(HEADS, 7, SIZE)

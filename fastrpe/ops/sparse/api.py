@@ -45,10 +45,11 @@ def sparse_cayley(
               gradients are wanted.
 
     Returns:
-        The shape and dtype of ``x``, contiguous, rounded once. Deterministic. Gradients flow to ``x`` and ``theta``;
-        that of ``theta`` never forms a dense dS but where the solver is dense itself. ``"matrix"`` can be
-        differentiated twice, the others with respect to ``x``. On a GPU ``"lu"`` and ``"components"`` read a pattern
-        from the device when they first see it; nothing else waits for the device.
+        The shape and dtype of ``x``, contiguous, rounded once. Deterministic, but for cuDSS, which is so for a single
+        right-hand side alone. Gradients flow to ``x`` and ``theta``; that of ``theta`` never forms a dense dS but where
+        the solver is dense itself. ``"matrix"`` can be differentiated twice, the others with respect to ``x``. On a GPU
+        ``"lu"`` and ``"components"`` read a pattern from the device when they first see it; nothing else waits for the
+        device.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device or choice.

@@ -1,6 +1,5 @@
 """cuDSS through nvmath-python: the systems of all heads as one block-diagonal matrix, analysed once."""
 
-import ctypes
 import logging
 import weakref
 from typing import Any
@@ -17,20 +16,19 @@ class System:
     """One matrix (n, n) and its right-hand sides (n, N), whose values change in place: the plan stays valid."""
 
     def __init__(self, matrix: Tensor, columns: int) -> None:
-        from nvmath.bindings import cudss
         from nvmath.sparse.advanced import DirectSolver
 
         n = len(matrix)
         start, column = matrix.crow_indices().int(), matrix.col_indices().int()  # cuDSS takes no other
         self.matrix = torch.sparse_csr_tensor(start, column, matrix.values().clone(), size=matrix.shape)
         self.rhs = matrix.values().new_zeros(columns, n).mT  # columns side by side, as cuDSS wants them
+        _enter(matrix.device)
         self.solver: Any = DirectSolver(self.matrix, self.rhs, options={"logger": LOGGER})
         weakref.finalize(self, self.solver.free)  # which nvmath leaves to its user
-        on, mode = ctypes.c_int32(1), cudss.ConfigParam.DETERMINISTIC_MODE
-        cudss.config_set(self.solver.config_ptr, mode, ctypes.addressof(on), ctypes.sizeof(on))
         self.solver.plan()
 
     def factorise(self, values: Tensor) -> None:
+        _enter(self.matrix.device)
         self.matrix.values().copy_(values)
         self.solver.factorize()
 
@@ -45,6 +43,13 @@ class System:
         self.rhs.copy_(x)
         u: Tensor = self.solver.solve()
         return u
+
+
+def _enter(device: torch.device) -> None:
+    """cuda.core keeps a device's context by thread, and a backward pass has threads of its own."""
+    from cuda.core import Device
+
+    Device(device.index).set_current()
 
 
 # For the tensor that holds a pattern: systems by heads, size, right-hand sides, device and transpose.
