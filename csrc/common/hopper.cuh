@@ -39,9 +39,17 @@ __device__ __forceinline__ void copies_visible() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The same for the shared memory of all blocks of a cluster.
-__device__ __forceinline__ void cluster_visible() {
-  asm volatile("fence.proxy.async;" ::: "memory");
+// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
+__device__ __forceinline__ void let_next_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // 2^x within 2 ulp; tiny results are 0.
@@ -68,45 +76,6 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 // Of the 128 threads of warpgroup i.
 __device__ __forceinline__ void warpgroup_barrier(int i) {
   asm volatile("bar.sync %0, 128;" ::"r"(i + 1) : "memory");
-}
-
-// Of all threads of a cluster's blocks, which see what the others wrote to their shared memory before.
-__device__ __forceinline__ void cluster_barrier() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Where the shared memory of another block of the cluster has what lies at p in this one's.
-__device__ __forceinline__ uint32_t peer(const void* p, int block) {
-  uint32_t y;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(y)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(block));
-  return y;
-}
-
-__device__ __forceinline__ float4 load_peer4(uint32_t from) {
-  float4 y;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
-               : "r"(from)
-               : "memory");
-  return y;
-}
-
-__device__ __forceinline__ float load_peer(uint32_t from) {
-  float y;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(from) : "memory");
-  return y;
-}
-
-__device__ __forceinline__ void store_peer(uint32_t to, uint4 x) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_peer(uint32_t to, float x) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
 
 // A barrier for the 128 threads of this thread's warpgroup, one of two. A number that the compiler does not know would
