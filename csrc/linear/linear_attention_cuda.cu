@@ -653,8 +653,8 @@ struct Queries {
         start_copy(n - 1 + Ring);
       }
       copies_end();
-      const int tile = step * Of::groups + threadIdx.x / 128, query_head = tile / args.row_tiles;
-      if (query_head < args.queries) {
+      const int tile = step * Of::groups + threadIdx.x / 128;
+      if (tile < args.queries * args.row_tiles) {
         const uint4* means = For == Pass::both ? memory.means : memory.means_of(head);
         const float* exponents = For == Pass::both ? memory.exponents : memory.exponents_of(head);
         float sums[32] = {}, total[2] = {0, 0}, top[2] = {masked, masked};
@@ -672,6 +672,7 @@ struct Queries {
           }
           add_values<T>(sums, total, s, top, means + from * pieces);
         }
+        const int query_head = tile / args.row_tiles;
         const int row = (tile - query_head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 +
                         threadIdx.x % 32 / 4;
         T* y = args.out + ((static_cast<int64_t>(head) * args.queries + query_head) * args.L + row) * width +
@@ -922,11 +923,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.key_tiles = std::max(ceil_div(S, plan.keys), 1);  // no keys: one tile of none
       args.query_steps = ceil_div(int64_t{args.queries} * args.row_tiles, plan.groups);
     };
-    using Whole = Plan<F, F == 64 ? 2 : 1>;
-    divide(Whole{});
-    if (takes_one_launch<Whole>(args, gpu.multiprocessors)) {
-      launch<Whole, Pass::both>(args, heads, index, stream);
-      return;
+    if constexpr (F < 256) {
+      using Of = Plan<F, F == 64 ? 2 : 1>;
+      divide(Of{});
+      if (takes_one_launch<Of>(args, gpu.multiprocessors)) {
+        launch<Of, Pass::both>(args, heads, index, stream);
+        return;
+      }
     }
     using Of = Plan<F, 1>;
     divide(Of{});
