@@ -75,24 +75,31 @@ struct Range {
 
 // Teams of warpgroups take a head's tiles of keys by turns, and add their sums. Shared memory is in units of 16 bytes;
 // rows of 128 bytes are swizzled.
-template <int Features, int Teams>
+template <Pass Kernel, int Features>
 struct Plan {
-  static constexpr int M = Features, teams = Teams;
+  static constexpr Pass pass = Kernel;
+  static constexpr int M = Features;
+  static constexpr int teams = pass == Pass::both && M == 64 ? 2 : 1;
   static constexpr int team_threads = 2 * M;  // a warpgroup for each 64 features
   static constexpr int threads = teams * team_threads;
   static constexpr int groups = threads / 128;  // warpgroups
   static constexpr int blocks = 4 / groups;     // of a multiprocessor
-  static constexpr int keys = M == 64 ? 64 : 128;
-  static constexpr int features = M * pieces;  // of a matrix of M rows
+  static constexpr int features = M * pieces;   // of a matrix of M rows
+  static constexpr int matrices = pass == Pass::both ? 2 : pass == Pass::keys ? 1 : 3;
+  static constexpr int keys = M == 64 ? 64 : 128;  // of a tile
   static constexpr int stage = 2 * keys * pieces;
-  static constexpr int stages = M == 256 ? 4 : 2;  // of a team
-  static constexpr int pool = teams * stages * stage;
+  static constexpr int stages = pass == Pass::both || M == 64 ? 2 : M == 128 ? 3 : 6;  // of a team
+  static constexpr int rows = 64;                                                      // queries of a tile
+  static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;                // tiles of a warpgroup
+  static constexpr int rings = groups * ring * rows * pieces;
+  static constexpr int pool = pass == Pass::queries ? rings : teams * stages * stage;
   static constexpr int exchange = teams * M * width / 4;  // sums in float32, at the beginning of the pool
-  static constexpr int rows = 64;                         // queries of a tile
-  static constexpr size_t bytes =
-      16 * (2 * features + pool) + sizeof(float) * ((3 + 2 * teams) * M + teams * keys);
-  static_assert(pool == exchange + groups * 2 * rows * pieces);
-  static_assert(teams > 1 || pool == groups * 3 * rows * pieces + features);
+  static constexpr int floats = pass == Pass::both   ? (3 + 2 * teams) * M + teams * keys
+                                : pass == Pass::keys ? keys
+                                                     : 2 * M;
+  static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
+  static_assert(pass != Pass::both || pool == exchange + rings);
+  static_assert(blocks * (bytes + 1024) <= 228 * 1024);
 
   static __device__ __forceinline__ int team() {
     return teams == 1 ? 0 : threadIdx.x / team_threads;
@@ -103,8 +110,7 @@ struct Plan {
   }
 };
 
-// With a kernel of their own, queries have two sets of means and exponents: a head's, and the next one's in place of z
-// and at the end of the pool.
+// With a kernel of their own, queries have two sets of means and exponents, of neighbouring heads.
 template <typename Of>
 struct Memory {
   uint4 *omega, *means, *pool;
@@ -115,19 +121,19 @@ struct Memory {
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + Of::features),
-        pool(means + Of::features),
+        pool(omega + Of::matrices * Of::features),
         exponents(reinterpret_cast<float*>(pool + Of::pool)),
         z(exponents + Of::M),
         c(z + Of::teams * Of::M),
         all(reinterpret_cast<float2*>(c + Of::teams * Of::M)),
-        key_bias(reinterpret_cast<float*>(all + Of::M)) {}
+        key_bias(Of::pass == Pass::keys ? exponents : reinterpret_cast<float*>(all + Of::M)) {}
 
   __device__ __forceinline__ uint4* means_of(int head) const {
-    return head % 2 == 0 ? means : pool + Of::pool - Of::features;
+    return means + (Of::pass == Pass::queries ? head % 2 * Of::features : 0);
   }
 
   __device__ __forceinline__ float* exponents_of(int head) const {
-    return exponents + head % 2 * Of::M;
+    return exponents + (Of::pass == Pass::queries ? head % 2 * Of::M : 0);
   }
 };
 
@@ -376,14 +382,14 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 }
 
 // The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
-// they are a team's, and `last` is called when the pool but for a team's first stage, and for M = 256 the second, is
-// free; otherwise a head's sums are stored where they end.
-template <Pass For, typename Of, typename T, typename Last>
+// they are a team's, and `last` is called when the pool but for the team's first stage is free; otherwise a head's sums
+// are stored where they end.
+template <typename Of, typename T, typename Last>
 __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, float (&kv)[32], float (&z)[2],
                                          float (&c)[2], Last&& last) {
   constexpr int step = Of::teams * Of::keys;
-  Place at = For == Pass::both ? Place(args, this_block()) : Place::share(args, args.key_tiles);
-  if constexpr (For == Pass::both) {
+  Place at = Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.key_tiles);
+  if constexpr (Of::pass == Pass::both) {
     at.tile = Of::team();
     at.count = (args.key_tiles - at.tile + Of::teams - 1) / Of::teams;
   }
@@ -400,14 +406,14 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       fetch<Of::team_threads, Of::keys>(args.k.at(at.b, at.h), args.k.l, next, stage, inside);
       fetch<Of::team_threads, Of::keys>(args.v.at(at.b, at.h), args.v.l, next, stage + Of::stage / 2, inside);
       next += step;
-      if (For == Pass::keys && next >= args.S) {
+      if (Of::pass == Pass::keys && next >= args.S) {
         next = 0;
         at.next_head(args);
       }
     }
   };
   start_copy(0);
-  fill_omega<Of>(args, For == Pass::both ? at.h : head % args.Hk, memory.omega);
+  fill_omega<Of>(args, Of::pass == Pass::both ? at.h : head % args.Hk, memory.omega);
   copies_end();
   for (int i = 1; i < Of::stages - 1; ++i) {
     start_copy(i);
@@ -427,7 +433,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     } else {
       warpgroup_sync();
     }
-    if constexpr (For == Pass::keys) {
+    if constexpr (Of::pass == Pass::keys) {
       if (args.omega_h != 0 && first == 0 && i > 0) {
         fill_omega<Of>(args, head % args.Hk, memory.omega);
         copies_end();
@@ -444,7 +450,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     float s[Of::keys / 2];
     float* key_bias = memory.key_bias + Of::team() * Of::keys;
     project<T>(s, memory.omega + Of::member() / 128 * 64 * pieces, stage);
-    fill_key_bias<Of>(args, stage, For == Pass::both ? at.b : head / args.Hk, first, key_bias);
+    fill_key_bias<Of>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first, key_bias);
     if constexpr (Of::teams == 1) {
       __syncthreads();
     } else {
@@ -467,7 +473,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     }
     add_values<T>(kv, z, s, c, stage + Of::stage / 2);
     first += step;
-    if constexpr (For == Pass::keys) {
+    if constexpr (Of::pass == Pass::keys) {
       if (first >= args.S || i == count - 1) {
         store_part<Of>(args, head, kv, z, c);
         ++head;
@@ -481,7 +487,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       }
     }
   }
-  if constexpr (For == Pass::both) {
+  if constexpr (Of::pass == Pass::both) {
     if (count == 0) {
       copies_wait<0>();
       copies_visible();
@@ -560,8 +566,8 @@ __device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<
   }
 }
 
-// This block's tiles of queries, one of a head for each warpgroup at a time; a ring of `Ring` of them in shared memory.
-template <Pass For, typename Of, int Ring, typename T>
+// This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
+template <typename Of, typename T>
 struct Queries {
   const Args<T>& args;
   uint4* ring;
@@ -570,12 +576,12 @@ struct Queries {
 
   __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings, int started = 0)
       : args(args),
-        ring(rings + threadIdx.x / 128 * Ring * Of::rows * pieces),
-        at(For == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)) {
+        ring(rings + threadIdx.x / 128 * Of::ring * Of::rows * pieces),
+        at(Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)) {
     head = at.head;
     step = at.tile;
     at.tile += started;
-    count = For == Pass::both ? args.query_steps : at.count;
+    count = Of::pass == Pass::both ? args.query_steps : at.count;
   }
 
   // Copies come in order.
@@ -584,11 +590,11 @@ struct Queries {
       const int tile = at.tile * Of::groups + threadIdx.x / 128, head = tile / args.row_tiles;
       if (head < args.queries) {
         fetch<128, Of::rows>(args.q.at(at.b, at.h * args.queries + head), args.q.l,
-                             (tile - head * args.row_tiles) * Of::rows, ring + n % Ring * Of::rows * pieces,
+                             (tile - head * args.row_tiles) * Of::rows, ring + n % Of::ring * Of::rows * pieces,
                              [&](int row) { return row < args.L; });
       }
       ++at.tile;
-      if (For == Pass::queries && at.tile == args.query_steps) {
+      if (Of::pass == Pass::queries && at.tile == args.query_steps) {
         at.tile = 0;
         at.next_head(args);
       }
@@ -601,7 +607,7 @@ struct Queries {
     start_copy(0);
     others();
     copies_end();
-    for (int n = 1; n < Ring; ++n) {
+    for (int n = 1; n < Of::ring; ++n) {
       start_copy(n);
       copies_end();
     }
@@ -623,15 +629,21 @@ struct Queries {
   __device__ __forceinline__ void run(const Memory<Of>& memory) {
     constexpr int part = Of::M < 128 ? Of::M : 128;  // features at a time
     for (int n = 0; n < count; ++n) {
-      if (n > 0) {
-        copies_wait<Ring - 2>();
-      } else if (For == Pass::both) {
-        copies_wait<Ring - 1>();
-      } else {
+      if constexpr (Of::pass == Pass::both) {
+        if (n == 0) {
+          copies_wait<Of::ring - 1>();
+        } else {
+          copies_wait<Of::ring - 2>();
+        }
+      } else if (n == 0) {
         copies_wait<0>();
+      } else if (step == 0) {  // the next tile's alone may be under way
+        copies_wait<1>();
+      } else {
+        copies_wait<2 * (Of::ring - 2) - 1>();  // two groups for each tile
       }
       copies_visible();
-      if (For == Pass::queries && (n == 0 || step == 0)) {
+      if (Of::pass == Pass::queries && (n == 0 || step == 0)) {
         __syncthreads();  // the head's means are there, and everyone has left those of the head before
         if (args.omega_h != 0 && n > 0) {
           fill_omega<Of>(args, head % args.Hk, memory.omega);
@@ -643,25 +655,25 @@ struct Queries {
       } else {
         warpgroup_barrier(threadIdx.x / 128);
       }
-      if constexpr (For == Pass::queries) {
+      if constexpr (Of::pass == Pass::queries) {
         if (step == args.query_steps - 1 && n < count - 1) {
           start_means(memory, head + 1);
         }
         copies_end();
       }
       if (n > 0) {
-        start_copy(n - 1 + Ring);
+        start_copy(n - 1 + Of::ring);
       }
       copies_end();
       const int tile = step * Of::groups + threadIdx.x / 128;
       if (tile < args.queries * args.row_tiles) {
-        const uint4* means = For == Pass::both ? memory.means : memory.means_of(head);
-        const float* exponents = For == Pass::both ? memory.exponents : memory.exponents_of(head);
+        const uint4* means = memory.means_of(head);
+        const float* exponents = memory.exponents_of(head);
         float sums[32] = {}, total[2] = {0, 0}, top[2] = {masked, masked};
 #pragma unroll 1
         for (int from = 0; from < Of::M; from += part) {
           float s[part / 2];
-          project<T>(s, ring + n % Ring * Of::rows * pieces, memory.omega + from * pieces);
+          project<T>(s, ring + n % Of::ring * Of::rows * pieces, memory.omega + from * pieces);
           products_wait(s);
           const float old[2] = {top[0], top[1]};
           add_exponents(s, args.scale, exponents + from, top);
@@ -673,8 +685,8 @@ struct Queries {
           add_values<T>(sums, total, s, top, means + from * pieces);
         }
         const int query_head = tile / args.row_tiles;
-        const int row = (tile - query_head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 +
-                        threadIdx.x % 32 / 4;
+        const int row =
+            (tile - query_head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         T* y = args.out + ((static_cast<int64_t>(head) * args.queries + query_head) * args.L + row) * width +
                threadIdx.x % 4 * 8;
 #pragma unroll
@@ -693,7 +705,7 @@ struct Queries {
         }
       }
       ++step;
-      if (For == Pass::queries && step == args.query_steps) {
+      if (Of::pass == Pass::queries && step == args.query_steps) {
         step = 0;
         ++head;
       }
@@ -703,13 +715,13 @@ struct Queries {
 
 #endif
 
-template <typename T, typename Of, Pass For>
+template <typename T, typename Of>
 __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char bytes[];
   const Memory<Of> memory(bytes);
-  if constexpr (For == Pass::queries) {
-    Queries<For, Of, 3, T> queries(args, memory.pool);
+  if constexpr (Of::pass == Pass::queries) {
+    Queries<Of, T> queries(args, memory.pool);
     queries.start([&] { fill_omega<Of>(args, queries.head % args.Hk, memory.omega); });
     wait_for_previous();
     queries.start_means(memory, queries.head);
@@ -717,15 +729,14 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
     queries.run(memory);
   } else {
     float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
-    if constexpr (For == Pass::keys) {
+    if constexpr (Of::pass == Pass::keys) {
       let_next_begin();
-      sum_keys<For>(args, memory, kv, z, c, [] {});
+      sum_keys(args, memory, kv, z, c, [] {});
     } else {
-      constexpr int ring = 2;
       uint4* rings = memory.pool + Of::exchange;
-      sum_keys<For>(args, memory, kv, z, c, [&] { Queries<For, Of, ring, T>(args, rings).start([] {}); });
+      sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start([] {}); });
       exchange_sums(args, memory, kv, z, c);
-      Queries<For, Of, ring, T>(args, rings, ring).run(memory);
+      Queries<Of, T>(args, rings, Of::ring).run(memory);
     }
   }
 #endif
@@ -745,21 +756,38 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
   const int64_t first = (static_cast<int64_t>(place.head) + begin) * M + row;
   wait_for_previous();
   float c = empty, z = 0;
-#pragma unroll 8
-  for (int n = 0; n < count; ++n) {
-    c = fmaxf(c, args.part_c[first + n * M]);
+  // Loads that do not wait for one another; a head of medium length has as many slots.
+  constexpr int at_once = 3;
+  for (int n = 0; n < count; n += at_once) {
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      c = fmaxf(c, n + j < count ? args.part_c[first + (n + j) * M] : empty);
+    }
   }
   float2 sum[4] = {};
-#pragma unroll 4
-  for (int n = 0; n < count; ++n) {
-    const int64_t at = first + n * M;
-    const float factor = exp2_approximate(args.part_c[at] - c);
-    z = fmaf(args.part_z[at], factor, z);
-    const float* from = args.part_kv + at * width + u / 4 * 32 + u % 4 * 2;
+  for (int n = 0; n < count; n += at_once) {
+    float2 x[at_once][4] = {};
+    float part_z[at_once] = {}, part_c[at_once] = {};
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      const float2 x = *reinterpret_cast<const float2*>(from + 8 * p);
-      add(sum[p], x.x, x.y, factor);
+    for (int j = 0; j < at_once; ++j) {
+      if (n + j < count) {
+        const int64_t at = first + (n + j) * M;
+        part_z[j] = args.part_z[at];
+        part_c[j] = args.part_c[at];
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          x[j][p] = *reinterpret_cast<const float2*>(args.part_kv + at * width + u / 4 * 32 + u % 4 * 2 + 8 * p);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      const float factor = n + j < count ? exp2_approximate(part_c[j] - c) : 0;
+      z = fmaf(part_z[j], factor, z);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        add(sum[p], x[j][p].x, x[j][p].y, factor);
+      }
     }
   }
   store_state<M>(args, place, row, u, sum, z, c);
@@ -791,8 +819,8 @@ Device device(int index) {
 // as 12 times 64 x 64 weights on every multiprocessor.
 template <typename Of, typename T>
 bool takes_one_launch(const Args<T>& args, int64_t multiprocessors) {
-  const int64_t work = (int64_t{args.key_tiles} * Of::teams * Of::keys + int64_t{args.query_steps} * Of::groups * 64) *
-                       Of::M / 4096;
+  const int64_t work =
+      (int64_t{args.key_tiles} * Of::teams * Of::keys + int64_t{args.query_steps} * Of::groups * 64) * Of::M / 4096;
   // A lone block on a multiprocessor with room for two is slower than half of two.
   const int64_t twice = std::max(2 * ceil_div(args.heads, multiprocessors), Of::blocks > 1 ? 3 : 2);
   return twice * work * multiprocessors <= 2 * (args.heads * work + 12 * multiprocessors);
@@ -814,16 +842,16 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t b
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-template <typename Of, Pass For, typename T>
+template <typename Of, typename T>
 void launch(const Args<T>& args, int64_t blocks, int device, cudaStream_t stream) {
-  const auto kernel = linear_attention_kernel<T, Of, For>;
+  const auto kernel = linear_attention_kernel<T, Of>;
   static std::atomic<uint64_t> prepared{0};  // devices
   const uint64_t bit = uint64_t{1} << device % 64;
   if (device >= 64 || (prepared.load() & bit) == 0) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes));
     prepared.fetch_or(bit);
   }
-  launch(kernel, blocks, Of::threads, Of::bytes, stream, For == Pass::queries, args);
+  launch(kernel, blocks, Of::threads, Of::bytes, stream, Of::pass == Pass::queries, args);
 }
 
 template <typename T>
@@ -878,15 +906,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   }
   constexpr int64_t limit = int64_t{1} << 30, heads_limit = int64_t{1} << 22;
   const int64_t heads = B * Hk;
-  STD_TORCH_CHECK(L < limit && S < limit && heads < heads_limit && heads * (S / 64 + 1) < limit &&
-                      B * H * (L / 64 + 1) < limit,
-                  op, ": the native kernel takes fewer than 2^36 tokens; use backend='reference'");
+  STD_TORCH_CHECK(
+      L < limit && S < limit && heads < heads_limit && heads * (S / 64 + 1) < limit && B * H * (L / 64 + 1) < limit, op,
+      ": the native kernel takes fewer than 2^36 tokens; use backend='reference'");
 
   const int index = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   Tensor out = new_empty(q, {B, H, L, width}, dtype);
   Tensor new_kv = new_empty(q, {B, Hk, M, width}, ScalarType::Float);
-  Tensor new_z = new_empty(q, {B, Hk, M}, ScalarType::Float), new_log_scale = new_empty(q, {B, Hk, M}, ScalarType::Float);
+  Tensor new_z = new_empty(q, {B, Hk, M}, ScalarType::Float),
+         new_log_scale = new_empty(q, {B, Hk, M}, ScalarType::Float);
   if (heads == 0) {
     return {out, new_kv, new_z, new_log_scale};
   }
@@ -924,29 +953,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.query_steps = ceil_div(int64_t{args.queries} * args.row_tiles, plan.groups);
     };
     if constexpr (F < 256) {
-      using Of = Plan<F, F == 64 ? 2 : 1>;
+      using Of = Plan<Pass::both, F>;
       divide(Of{});
       if (takes_one_launch<Of>(args, gpu.multiprocessors)) {
-        launch<Of, Pass::both>(args, heads, index, stream);
+        launch<Of>(args, heads, index, stream);
         return;
       }
     }
-    using Of = Plan<F, 1>;
+    using Of = Plan<Pass::keys, F>;
     divide(Of{});
     const int64_t resident = gpu.multiprocessors * Of::blocks;
     args.key_blocks = static_cast<int>(std::min(heads * args.key_tiles, resident));
     const int64_t slots = heads + args.key_blocks - 1, of_parts = slots * F, of_heads = heads * F;
-    Tensor scratch =
-        new_empty(q, {of_parts * (width + 2) + of_heads * (width / 2 + 1)}, ScalarType::Float);
+    Tensor scratch = new_empty(q, {of_parts * (width + 2) + of_heads * (width / 2 + 1)}, ScalarType::Float);
     args.part_kv = static_cast<float*>(scratch.mutable_data_ptr());
     args.means = reinterpret_cast<T*>(args.part_kv + of_parts * width);
     args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
     args.part_z = args.exponents + of_heads;
     args.part_c = args.part_z + of_parts;
-    launch<Of, Pass::keys>(args, args.key_blocks, index, stream);
+    launch<Of>(args, args.key_blocks, index, stream);
     launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
     if (L > 0) {
-      launch<Of, Pass::queries>(args, std::min(heads * args.query_steps, resident), index, stream);
+      launch<Plan<Pass::queries, F>>(args, std::min(heads * args.query_steps, resident), index, stream);
     }
   };
   const auto dispatch = [&](auto zero) {
