@@ -415,7 +415,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   start_copy(0);
   fill_omega<Of>(args, Of::pass == Pass::both ? at.h : head % args.Hk, memory.omega);
   copies_end();
-  for (int i = 1; i < Of::stages - 1; ++i) {
+  for (int i = 1; i < Of::stages; ++i) {
     start_copy(i);
     copies_end();
   }
@@ -425,7 +425,11 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   for (int i = 0; i < count; ++i) {
     const uint4* stage = stage_of(i);
-    copies_wait<Of::stages - 2>();
+    if (i == 0) {
+      copies_wait<Of::stages - 1>();
+    } else {
+      copies_wait<Of::stages - 2>();
+    }
     copies_visible();
     // This stage is there, and everyone has left the one before.
     if (Of::teams == 1 || i == 0) {
@@ -442,8 +446,10 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         __syncthreads();
       }
     }
-    start_copy(i + Of::stages - 1);
-    copies_end();
+    if (i > 0) {
+      start_copy(i - 1 + Of::stages);
+      copies_end();
+    }
     if (i == count - 1) {
       last();
     }
@@ -819,8 +825,9 @@ Device device(int index) {
 // as 12 times 64 x 64 weights on every multiprocessor.
 template <typename Of, typename T>
 bool takes_one_launch(const Args<T>& args, int64_t multiprocessors) {
-  const int64_t work =
-      (int64_t{args.key_tiles} * Of::teams * Of::keys + int64_t{args.query_steps} * Of::groups * 64) * Of::M / 4096;
+  const int64_t tiles = int64_t{ceil_div(args.key_tiles, Of::teams)} * (Of::teams * Of::keys / 64) +
+                        int64_t{args.query_steps} * Of::groups;
+  const int64_t work = tiles * (Of::M / 64);
   // A lone block on a multiprocessor with room for two is slower than half of two.
   const int64_t twice = std::max(2 * ceil_div(args.heads, multiprocessors), Of::blocks > 1 ? 3 : 2);
   return twice * work * multiprocessors <= 2 * (args.heads * work + 12 * multiprocessors);
