@@ -980,7 +980,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.part_c = args.part_z + of_parts;
     launch<Of>(args, args.key_blocks, index, stream);
     launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
-    if (L > 0) {
+    if (args.query_steps > 0) {
       launch<Plan<Pass::queries, F>>(args, std::min(heads * args.query_steps, resident), index, stream);
     }
   };
