@@ -607,13 +607,8 @@ struct Queries {
     }
   }
 
-  // Other copies go with those of the first tile.
-  template <typename Others>
-  __device__ __forceinline__ void start(Others&& others) {
-    start_copy(0);
-    others();
-    copies_end();
-    for (int n = 1; n < Of::ring; ++n) {
+  __device__ __forceinline__ void start_copies(int from, int to) {
+    for (int n = from; n < to; ++n) {
       start_copy(n);
       copies_end();
     }
@@ -642,7 +637,7 @@ struct Queries {
           copies_wait<Of::ring - 2>();
         }
       } else if (n == 0) {
-        copies_wait<0>();
+        copies_wait<Of::ring - 2>();
       } else if (step == 0) {  // the next tile's alone may be under way
         copies_wait<1>();
       } else {
@@ -728,10 +723,14 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
   const Memory<Of> memory(bytes);
   if constexpr (Of::pass == Pass::queries) {
     Queries<Of, T> queries(args, memory.pool);
-    queries.start([&] { fill_omega<Of>(args, queries.head % args.Hk, memory.omega); });
+    queries.start_copy(0);
+    fill_omega<Of>(args, queries.head % args.Hk, memory.omega);
+    copies_end();
+    queries.start_copies(1, 2);
     wait_for_previous();
     queries.start_means(memory, queries.head);
     copies_end();
+    queries.start_copies(2, Of::ring);
     queries.run(memory);
   } else {
     float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
@@ -740,7 +739,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
       sum_keys(args, memory, kv, z, c, [] {});
     } else {
       uint4* rings = memory.pool + Of::exchange;
-      sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start([] {}); });
+      sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start_copies(0, Of::ring); });
       exchange_sums(args, memory, kv, z, c);
       Queries<Of, T>(args, rings, Of::ring).run(memory);
     }
