@@ -3,6 +3,7 @@
 Each release of torch is installed in an environment of its own; one that cannot be installed is a failure.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,8 +30,15 @@ SHIM = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+$")
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
+    # The releases that are named here, whatever a machine's pip is told to prefer.
+    environment = os.environ | {"PIP_CONSTRAINT": os.devnull}
     done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(c) for c in command],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     print(*command, done.stdout, sep="\n" if len(done.stdout) > 80 else " ")
     assert done.returncode == 0, f"{command[0]} exited with {done.returncode}: {done.stdout[-4000:]}"

@@ -62,6 +62,10 @@ def check_table(rows: Sequence[Check]) -> str:
     return "\n".join(["| check | value | met |", "| --- | --- | --- |", *lines]) if lines else ""
 
 
+def devices_of(group: dict[str, list[dict[str, Any]]]) -> str:
+    return " and ".join(sorted({run["device"] for runs in group.values() for run in runs}))
+
+
 def seeds_of(group: dict[str, Any]) -> str:
     """How many runs the variants have."""
     fewest, most = (f(len(runs) for runs in group.values()) for f in (min, max))

@@ -8,7 +8,18 @@ from typing import Any
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
 from examples.common.report import MARKS as MARKS
-from examples.common.report import Check, Parts, accuracies, check_table, command, difference, make, save, seeds_of
+from examples.common.report import (
+    Check,
+    Parts,
+    accuracies,
+    check_table,
+    command,
+    devices_of,
+    difference,
+    make,
+    save,
+    seeds_of,
+)
 
 from .variants import FTHETA, OF_FOLDERS, OF_LENGTH, STUDIES, VARIANTS, tokens
 
@@ -125,7 +136,7 @@ def _accuracy(study: str, group: dict[str, Runs], timing: dict[str, Any] | None)
     first = next(iter(group.values()))
     seeds = seeds_of(group)
     head = f"**{title(study)}** (tokens: {tokens(study)}, epochs: {first[0]['recipe']['epochs']}, seeds: {seeds}, "
-    head += f"{first[0]['device']}): mean and deviation of the accuracy; "
+    head += f"{devices_of(group)}): mean and deviation of the accuracy; "
     head += "times without contention, as below." if rows else "times as they came."
     return head + "\n\n" + results.table([run for runs in group.values() for run in runs], columns)
 
@@ -233,7 +244,9 @@ def length_plot(out: Path) -> str:
     if not found and not any(study in timings for study in OF_LENGTH):
         return ""
     plt = pyplot()
-    figure, (time, ratio, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = 3 if found else 2  # without trainings there is no accuracy
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 4), layout="constrained")
+    time, ratio, right = axes[0], axes[1], axes[-1]
     for name, (colour, marker) in LOOKS.items():
         look = dict(color=colour, marker=marker, label=name)
         there = [study for study in OF_LENGTH if _timed(timings, study, name)]
@@ -249,13 +262,15 @@ def length_plot(out: Path) -> str:
     ratio.set(ylabel="time of an epoch / softmax's")
     for n, bar in BARS.items():
         ratio.plot([n / 1.2, n * 1.2], [bar, bar], color=COLOURS["grey"], linestyle="--", linewidth=1.5)
-    right.set(ylabel="test accuracy, %")
+    if found:
+        right.set(ylabel="test accuracy, %")
     x = [tokens(study) for study in OF_LENGTH]
-    for axis in (time, ratio, right):
+    for axis in axes:
         axis.set(xscale="log", xlabel="tokens")
         axis.set_xticks(x, x)
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(plt.NullLocator())
         axis.grid(alpha=0.3)
+    time.yaxis.set_minor_formatter("{x:g}")
     right.legend(*max((axis.get_legend_handles_labels() for axis in (time, right)), key=lambda both: len(both[0])),
                  loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)  # fmt: skip
     return save(figure, out, "length", "Time of an epoch and accuracy against the number of tokens; dashed: the bars")

@@ -9,7 +9,18 @@ from typing import Any
 from examples.common import results
 from examples.common.plot import COLOURS, pyplot
 from examples.common.report import MARKS as MARKS
-from examples.common.report import Check, Parts, accuracies, check_table, command, difference, make, save, seeds_of
+from examples.common.report import (
+    Check,
+    Parts,
+    accuracies,
+    check_table,
+    command,
+    devices_of,
+    difference,
+    make,
+    save,
+    seeds_of,
+)
 
 from .variants import FRACTIONS, STUDIES, VARIANTS
 
@@ -102,6 +113,8 @@ def _accuracy(out: Path, dataset: str, group: dict[str, Runs]) -> str:
 
     def seconds(runs: Runs) -> str:
         row = rows.get(runs[0]["variant"])
+        if row is None and rows:
+            return "-"
         if row is None:
             return f"{sorted(run['train_seconds_per_epoch'] for run in runs)[len(runs) // 2]:.2f}"
         images = runs[0]["images"] or SIZES[dataset]
@@ -120,8 +133,9 @@ def _accuracy(out: Path, dataset: str, group: dict[str, Runs]) -> str:
     }
     first = next(iter(group.values()))
     seeds = seeds_of(group)
-    epochs, device = first[0]["recipe"]["epochs"], first[0]["device"]
-    head = f"**{TITLES[dataset]}** (epochs: {epochs}, seeds: {seeds}, {device}): mean and deviation of the accuracy; "
+    epochs = first[0]["recipe"]["epochs"]
+    head = f"**{TITLES[dataset]}** (epochs: {epochs}, seeds: {seeds}, {devices_of(group)}): mean and deviation of the "
+    head += "accuracy; "
     head += "times without contention, as below." if rows else "time of training as it came."
     return head + "\n\n" + results.table([run for runs in group.values() for run in runs], columns)
 

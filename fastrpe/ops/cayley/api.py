@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 from ...backend import resolve
 from ...checks import check_dtype, check_type, fail
+from .op import call
 from .reference import size_of
 
 LARGEST = 128  # D that the native kernel takes
@@ -62,5 +63,5 @@ def cayley_basis(
         )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(wide).tangent is not None:
         raise NotImplementedError(f"{op}: params must have no forward-mode tangents, got one; use reverse mode")
-    P: Tensor = torch.ops.fastrpe.cayley_basis(wide, name)[0]
+    P: Tensor = call(wide, name)[0]
     return P

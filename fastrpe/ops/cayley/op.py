@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import register_autograd
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -78,7 +79,7 @@ def _backward(ctx: Any, dy: Tensor | None, dinverse: Tensor | None) -> tuple[Ten
     if dinverse is not None:  # from a second derivative; P = 2 X - I
         half = (dinverse / 2).to(ctx.dtype)
         dy = half if dy is None else dy + half
-    return None if dy is None else torch.ops.fastrpe.cayley_basis_bwd(dy, inverse, ctx.backend), None
+    return None if dy is None else call_bwd(dy, inverse, ctx.backend), None
 
 
 def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -89,13 +90,13 @@ def _backward_bwd(ctx: Any, ddparams: Tensor) -> tuple[Tensor | None, Tensor | N
     """In PyTorch, so differentiable again. With U skew of ddparams, the op is <U, -2 X^T dy X^T>."""
     dy, X = ctx.saved_tensors
     U, wide = reference.skew(ddparams).to(X.dtype), dy.to(X.dtype)
-    need_dy, need_inverse, _ = ctx.needs_input_grad
+    need_dy, need_inverse = ctx.needs_input_grad[:2]
     ddy = (-2 * X @ U @ X).to(dy.dtype) if need_dy else None
     return ddy, 2 * (wide @ X.mT @ U + U @ X.mT @ wide) if need_inverse else None, None
 
 
-torch.library.register_autograd("fastrpe::cayley_basis", _backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd("fastrpe::cayley_basis_bwd", _backward_bwd, setup_context=_setup_bwd, lib=LIB)
+call = register_autograd(LIB, "cayley_basis", _cayley_basis, _backward, _setup)
+call_bwd = register_autograd(LIB, "cayley_basis_bwd", _cayley_basis_bwd, _backward_bwd, _setup_bwd)
 
 
 # vmap: all leading axes are heads ------------------------------------------------------------------------------------

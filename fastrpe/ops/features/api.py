@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...backend import resolve
 from ...checks import check_choice, check_device, check_dtype, check_no_tangents, check_shape, check_type, fail
+from .op import call, call_fwht
 from .reference import KINDS, STABILIZERS, WITHOUT_OMEGA
 
 LARGEST = 256  # D that the Triton kernels take
@@ -93,7 +94,7 @@ def random_features(
     a = _check_a(op, x, kind, a)
     name = _resolve(op, x, backend)
     check_no_tangents(op, ("x", x), ("omega", omega), ("a", a))
-    y: Tensor = torch.ops.fastrpe.random_features.default(x, omega, kind, scale, eps, a, stabilizer, name)
+    y: Tensor = call(x, omega, kind, scale, eps, a, stabilizer, name)
     return y
 
 
@@ -136,7 +137,7 @@ def fwht(
         raise fail(op, "x", "have a last axis that is a power of two", tuple(x.shape))
     name = _resolve(op, x, backend, largest=4096)
     check_no_tangents(op, ("x", x))
-    y: Tensor = torch.ops.fastrpe.fwht.default(x, scale, name)
+    y: Tensor = call_fwht(x, scale, name)
     return y
 
 

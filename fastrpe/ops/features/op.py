@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import register_autograd
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -186,16 +187,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     y, x, omega, a = ctx.saved_tensors
     need_x, need_omega, need_a = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-    dx, domega, da = torch.ops.fastrpe.random_features_bwd(
+    dx, domega, da = call_bwd(
         dy, y, x, omega, ctx.kind, ctx.scale, ctx.eps, a, ctx.stabilizer, need_omega, need_a, ctx.backend
     )
     return (
         dx if need_x else None, domega if need_omega else None, None, None, None, da if need_a else None, None, None,
     )  # fmt: skip
-
-
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
@@ -210,15 +207,12 @@ def _setup_fwht(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_fwht(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.fastrpe.fwht(dy, *ctx.options), None, None  # Hadamard matrices are symmetric
+    return call_fwht(dy, *ctx.options), None, None  # Hadamard matrices are symmetric
 
 
-for _name, _back, _context in (
-    ("random_features", _backward, _setup),
-    ("random_features_bwd", _no_double_backward, _setup_nothing),
-    ("fwht", _backward_fwht, _setup_fwht),
-):
-    torch.library.register_autograd(f"fastrpe::{_name}", _back, setup_context=_context, lib=LIB)
+call = register_autograd(LIB, "random_features", _random_features, _backward, _setup)
+call_bwd = register_autograd(LIB, "random_features_bwd", _random_features_bwd, _no_double_backward)
+call_fwht = register_autograd(LIB, "fwht", _fwht, _backward_fwht, _setup_fwht)
 
 
 # Autocast: x goes to the autocast dtype, as in scaled_dot_product_attention; omega and a stay -------------------------
@@ -230,7 +224,7 @@ def _autocast(device_type: str, key: str) -> None:
     def cast(x: Tensor, *rest: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
-            y: Tensor = torch.ops.fastrpe.random_features.default(x, *rest)
+            y: Tensor = call(x, *rest)
             return y
 
     LIB.impl("random_features", cast, key)

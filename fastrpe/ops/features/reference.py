@@ -85,9 +85,8 @@ def project(
 
 
 def rounded(omega: Tensor, dtype: torch.dtype) -> Tensor:
-    """A projection as tensor cores read it, in its own dtype; the gradient passes as it is."""
-    near = omega.detach().to(dtype).to(omega.dtype)
-    return omega + (near - omega.detach())
+    """A projection as tensor cores read it, in its own dtype; as autocast does with a weight, and with its gradient."""
+    return omega.to(dtype).to(omega.dtype)
 
 
 def half_norm(

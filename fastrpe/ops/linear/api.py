@@ -1,9 +1,10 @@
 """Public functions of linear attention: Performers, and any other feature map."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...backend import resolve
 from ...checks import (
@@ -15,11 +16,15 @@ from ...checks import (
     check_shape,
     check_type,
     fail,
+    wrong_shape,
     wrong_type,
 )
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
-from .op import KINDS, is_hopper
+from ..hopper import is_hopper
+from .op import KINDS, call
 from .reference import EMPTY
+
+SCALARS = (float, int, torch.SymFloat)
 
 
 class State(NamedTuple):
@@ -102,40 +107,47 @@ def linear_attention(
         Performers (arXiv 2009.14794) section 2.1; Katharopoulos et al. (arXiv 2006.16236) eq. 5 and 9.
     """
     op = "linear_attention"
-    check_shape(op, "q", q, ("B", "H", "L", "D"))
-    check_dtype(op, "q", q)
+    # Small calls cost what their checks cost: look at a shape once, and call a check where it is going to fail.
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        raise wrong_shape(op, "q", q, ("B", "H", "L", "D"))
     B, H, L, D = q.shape
-    check_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
+    device, dtype = q.device, q.dtype
+    if dtype not in FLOATS:
+        check_dtype(op, "q", q)
+    if not isinstance(k, Tensor) or k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
+        raise wrong_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
     _, Hk, S, _ = k.shape
     if H != Hk and (Hk == 0 or H % Hk):
         raise fail(op, "k", f"have a number of heads that divides H={H}", Hk)
     if causal and S != L:
         raise fail(op, "k", f"have as many tokens as q, L={L}, when causal", S)
-    check_shape(op, "v", v, ("B", "Hk", "S", "V"), B=B, Hk=Hk, S=S)
-    autocast = torch.is_autocast_enabled(q.device.type)
-    for argument, x in (("k", k), ("v", v)):
-        check_dtype(op, argument, x, FLOATS if autocast else (q.dtype,))
-        check_device(op, argument, x, q.device)
-    for argument, flag in (("causal", causal), ("normalize", normalize), ("return_state", return_state)):
-        check_type(op, argument, flag, bool)
-    check_choice(op, "kind", kind, KINDS)
+    if not isinstance(v, Tensor) or v.dim() != 4 or v.shape[:3] != (B, Hk, S):
+        raise wrong_shape(op, "v", v, ("B", "Hk", "S", "V"), B=B, Hk=Hk, S=S)
+    if k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
+        dtypes = FLOATS if torch.is_autocast_enabled(device.type) else (dtype,)
+        for argument, x in (("k", k), ("v", v)):
+            check_dtype(op, argument, x, dtypes)
+            check_device(op, argument, x, device)
+    if not (isinstance(causal, bool) and isinstance(normalize, bool) and isinstance(return_state, bool)):
+        for argument, flag in (("causal", causal), ("normalize", normalize), ("return_state", return_state)):
+            check_type(op, argument, flag, bool)
+    if kind not in KINDS:
+        check_choice(op, "kind", kind, KINDS)
     if omega is None:
         if kind not in (*WITHOUT_OMEGA, "features"):
             raise fail(op, "omega", f"be given for kind {kind!r}", None)
     else:
         if kind == "features":
             raise fail(op, "omega", "be None for kind 'features'", tuple(omega.shape))
-        check_shape(op, "omega", omega, ("M", "D"), ("Hk", "M", "D"), Hk=Hk, D=D)
-        check_dtype(op, "omega", omega)
-        check_device(op, "omega", omega, q.device)
-        if omega.shape[-2] == 0:
-            raise fail(op, "omega", "have at least one row", tuple(omega.shape))
+        _check_omega(op, omega, Hk, D, device)
     if scale is None:
         scale = default_scale(kind, D)
     elif kind == "features":
         raise fail(op, "scale", "be None for kind 'features'", scale)
-    check_type(op, "scale", scale, float, int, torch.SymFloat)
-    check_type(op, "eps", eps, float, int)
+    elif not isinstance(scale, SCALARS):
+        check_type(op, "scale", scale, *SCALARS)
+    if not isinstance(eps, (float, int)):
+        check_type(op, "eps", eps, float, int)
     if eps < 0 or (eps and kind == "trigonometric"):
         raise fail(op, "eps", "be 0 for kind 'trigonometric'" if eps > 0 else "be at least 0", eps)
     a = _check_a(op, q, kind, a)
@@ -143,7 +155,7 @@ def linear_attention(
     if cu_seqlens is not None:
         check_shape(op, "cu_seqlens", cu_seqlens, ("N + 1",))
         check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
-        check_device(op, "cu_seqlens", cu_seqlens, q.device)
+        check_device(op, "cu_seqlens", cu_seqlens, device)
         N = cu_seqlens.shape[0] - 1
         if N < 0:
             raise fail(op, "cu_seqlens", "have at least one number", 0)
@@ -152,27 +164,24 @@ def linear_attention(
     if mask is not None:
         check_shape(op, "mask", mask, ("B", "S"), B=B, S=S)
         check_dtype(op, "mask", mask, (torch.bool,))
-        check_device(op, "mask", mask, q.device)
+        check_device(op, "mask", mask, device)
     if return_state and not causal:
         raise fail(op, "return_state", "be False unless causal", True)
     kv = z = log_scale = None
+    F = size_of(q, omega, kind)
     if state is not None:
-        kv, z, log_scale = _check_state(op, q, v, state, causal, N, size_of(q, omega, kind))
+        kv, z, log_scale = _check_state(op, q, v, state, causal, N, F)
         if kind in EXPONENTIAL:  # where there is no key yet, whatever scale was given
             log_scale = torch.where(z == 0, EMPTY, log_scale)
-    F = size_of(q, omega, kind)
     packed, V = cu_seqlens is not None, v.shape[-1]
-    limits = {"triton": _triton_limit(q.dtype, kind, causal, eps, normalize, packed, D, V, F)}
-    if q.is_cuda:
-        limits["native"] = _cuda_limit(q, omega, kind, causal, eps, normalize, packed, D, V, F)
-    name = _resolve(op, q.device, backend, limits)
-    check_no_tangents(op, ("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z))
-    dtype, weighted = q.dtype, not normalize and kind in SOFTMAX
+    name = _resolve(op, q, omega, backend, kind, causal, eps, normalize, packed, D, V, F)
+    if forward_ad._current_level >= 0:
+        check_no_tangents(op, ("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z))
+    weighted = not normalize and kind in SOFTMAX
+    autocast = weighted and torch.is_autocast_enabled(device.type)
     if weighted and not autocast:  # by the features' constant, before the one rounding
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    out, *sums = torch.ops.fastrpe.linear_attention.default(
-        q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, name
-    )
+    out, *sums = call(q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, name)
     if weighted:
         out = (out * constant(kind, D if omega is None else omega.shape[-2], D, a) ** 2).to(
             out.dtype if autocast else dtype
@@ -244,6 +253,16 @@ def _check_state(
     return kv, z, log_scale
 
 
+def _check_omega(op: str, omega: Tensor, Hk: int, D: int, device: torch.device) -> None:
+    if not isinstance(omega, Tensor) or omega.dim() < 2 or omega.shape[-1] != D or omega.shape[:-2] not in ((), (Hk,)):
+        raise wrong_shape(op, "omega", omega, ("M", "D"), ("Hk", "M", "D"), Hk=Hk, D=D)
+    if omega.dtype not in FLOATS or omega.device != device:
+        check_dtype(op, "omega", omega)
+        check_device(op, "omega", omega, device)
+    if omega.shape[-2] == 0:
+        raise fail(op, "omega", "have at least one row", tuple(omega.shape))
+
+
 def _check_a(op: str, q: Tensor, kind: str, a: Tensor | float | None) -> Tensor | None:
     """OPRF's A as a tensor; a tensor's value is not looked at, since that would wait for the device."""
     if kind != "oprf":
@@ -303,10 +322,15 @@ def _cuda_limit(
     return "" if is_hopper(q.get_device()) else "a GPU whose compute capability is not 9"
 
 
-def _resolve(op: str, device: torch.device, backend: str | None, limits: dict[str, str]) -> str:
+def _resolve(op: str, q: Tensor, omega: Tensor | None, backend: str | None, *options: Any) -> str:
     """The first that can: kernels for Hopper, then Triton's, of which a Performer's forward takes twice as long."""
-    order = ("native", "triton") if device.type == "cuda" else ("native",)
-    name = resolve(op, device, backend, tuple(b for b in order if not limits.get(b)))
+    on_gpu = q.is_cuda
+    native = _cuda_limit(q, omega, *options) if on_gpu else ""
+    if backend is None and not native and resolve(op, q.device, None, ("native",)) == "native":
+        return "native"
+    limits = {"triton": _triton_limit(q.dtype, *options)} | ({"native": native} if on_gpu else {})
+    order = ("native", "triton") if on_gpu else ("native",)
+    name = resolve(op, q.device, backend, tuple(b for b in order if not limits.get(b)))
     limit = limits.get(name)
     if limit:
         others = [*(b for b in limits if not limits[b]), "reference"]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import register_autograd
+from ..autograd import is_plain, register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
+from ..hopper import aligned
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -58,35 +59,24 @@ def _prepare(
     """
     if omega is None:
         return None, None, kind
-    acc, bias = torch.promote_types(q.dtype, torch.float32), None
+    dtype, bias = q.dtype, None
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
     if kind == "oprf" and a is not None:
         wide, a, kind = omega.to(acc), a.to(acc), "positive"
         omega, bias = wide * (1 - 4 * a) ** 0.5, (a * wide.square().sum(-1)).contiguous()
-    if q.device.type == "cpu":
-        omega = omega.to(q.dtype).to(acc)
-    elif backend == "native":  # which rounds a projection in float32 as it reads it
-        omega = _aligned(omega if omega.dtype == torch.float32 else omega.to(q.dtype))
-    else:
-        omega = omega.to(q.dtype)
+    on_gpu = q.is_cuda
+    rounds = on_gpu and backend == "native" and omega.dtype == acc  # the kernel does, as it reads it
+    if not rounds:
+        omega = _to(omega, dtype)
+    if not on_gpu:
+        omega = _to(omega, acc)
+    elif backend == "native":
+        omega = aligned(omega)
     return omega.contiguous(), bias, kind
 
 
-def is_hopper(device: int) -> bool:
-    if torch.compiler.is_compiling():
-        return bool(torch.cuda.get_device_properties(device).major == 9)
-    return _is_hopper(device)
-
-
-@functools.cache  # asking takes longer than a launch
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_properties(device).major == 9
-
-
-def _aligned(x: Tensor) -> Tensor:
-    *outer, inner = x.stride()
-    if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # nothing to do is found sooner here
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -117,7 +107,7 @@ def _linear_attention(
         )
     omega, bias, kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        q, k, v = aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
     results: Results = _kernel("linear_attention", backend)(
         q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest
@@ -125,7 +115,7 @@ def _linear_attention(
     return results
 
 
-def _linear_attention_bwd(
+def _gradients(
     dout: Tensor,  # (B, H, L, V)
     dkv: Tensor | None,  # (N, Hk, F, V)
     dz: Tensor | None,  # (N, Hk, F)
@@ -149,37 +139,46 @@ def _linear_attention_bwd(
     last_log_scale: Tensor,  # (N, Hk, F)
     need_omega: bool,
     backend: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, omega, a, kv and z; those of tensors that are not there, or not needed, are empty."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, omega, a, kv and z; None for those of tensors that are not there, or not needed."""
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
     prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
-        dout, q, k, v = _aligned(dout), _aligned(q), _aligned(k), _aligned(v)
+        dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
     dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(
         dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,
         normalize, *rest, need_omega,
     )  # fmt: skip
-    da = q.new_empty(0)
+    da = None
     if kv is None:
-        dkv0, dz0 = q.new_empty(0), q.new_empty(0)
+        dkv0 = dz0 = None
     if omega is None or not need_omega:
-        domega = q.new_empty(0)
+        domega = None
     else:
         if bias is not None and a is not None:
             wide, factor = omega.to(domega.dtype), (1 - 4 * a.to(domega.dtype)) ** 0.5
-            da = ((dbias * wide.square().sum(-1)).sum() - (domega * wide).sum() * 2 / factor).to(a.dtype)
+            square = wide.square().sum(-1)
+            if normalize and not eps and kv is None and dkv is None and dz is None:
+                # A bias that all features have cancels: dbias sums to 0, but for rounding, which need not be magnified.
+                square = square - square.mean(-1, keepdim=True)
+            da = ((dbias * square).sum() - (domega * wide).sum() * 2 / factor).to(a.dtype)
             domega = domega * factor + 2 * a.to(domega.dtype) * dbias.unsqueeze(-1) * wide
-        domega = domega.to(omega.dtype)
+        domega = _to(domega, omega.dtype)
     return dq, dk, dv, domega, da, dkv0, dz0
+
+
+def _linear_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
+    q = args[3]  # an operator's results are tensors: empty where there is no gradient
+    return tuple(q.new_empty(0) if x is None else x for x in _gradients(*args))
 
 
 DIFFERENTIABLE = (0, 1, 2, 3, 7, 12, 13)  # q, k, v, omega, a, kv and z among the inputs
 
 
-def _by_autograd(dy: tuple[Tensor | None, ...], inputs: tuple[Any, ...], need_omega: bool) -> tuple[Tensor, ...]:
+def _by_autograd(dy: tuple[Tensor | None, ...], inputs: tuple[Any, ...], need_omega: bool) -> tuple[Tensor | None, ...]:
     """The reference's backward; below an operator autograd is off twice, by its mode and by the dispatcher's keys."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
     tls = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set() - keys
@@ -196,7 +195,7 @@ def _by_autograd(dy: tuple[Tensor | None, ...], inputs: tuple[Any, ...], need_om
         i: torch.zeros_like(x, memory_format=torch.contiguous_format) if g is None else g.contiguous()
         for (i, x), g in zip(leaves.items(), found)
     }
-    return tuple(grads[i] if i in grads else inputs[0].new_empty(0) for i in DIFFERENTIABLE)
+    return tuple(grads.get(i) for i in DIFFERENTIABLE)
 
 
 LIB.impl("linear_attention", _linear_attention, "CompositeExplicitAutograd")
@@ -246,20 +245,20 @@ def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | No
         return (None,) * 16
     if dout is None:
         dout = q.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
-    dq, dk, dv, domega, da, dkv0, dz0 = torch.ops.fastrpe.linear_attention_bwd(
+    args = (
         dout, dkv, dz, q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale,
         *last, needs[3] or needs[7], ctx.backend,
     )  # fmt: skip
+    plain = not torch.is_grad_enabled() and is_plain(args)
+    grads = _gradients(*args) if plain else torch.ops.fastrpe.linear_attention_bwd.default(*args)
+    dq, dk, dv, domega, da, dkv0, dz0 = grads
     # The state is exp(log_scale) times kv and z.
     dlog_scale = (dkv0 * kv).sum(-1) + dz0 * z if needs[14] else None
-    grads = [None] * 16
-    for i, g in zip((*DIFFERENTIABLE, 14), (dq, dk, dv, domega, da, dkv0, dz0, dlog_scale)):
-        grads[i] = g if needs[i] else None
-    return tuple(grads)
-
-
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+    return (
+        dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, domega if needs[3] else None,
+        None, None, None, da if needs[7] else None, None, None, None, None, dkv0 if needs[12] else None,
+        dz0 if needs[13] else None, dlog_scale, None,
+    )  # fmt: skip
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
@@ -268,8 +267,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-register_autograd(LIB, "linear_attention", _linear_attention, _setup, _backward)
-register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _setup_nothing, _no_double_backward)
+call = register_autograd(LIB, "linear_attention", _linear_attention, _backward, _setup)
+register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _no_double_backward)
 
 
 # Autocast: q, k and v go to the autocast dtype, as in scaled_dot_product_attention; omega, a and the state stay -------
@@ -282,7 +281,7 @@ def _autocast(device_type: str, key: str) -> None:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-            y: Results = torch.ops.fastrpe.linear_attention.default(q, k, v, *rest)
+            y: Results = call(q, k, v, *rest)
             return y
 
     LIB.impl("linear_attention", cast, key)

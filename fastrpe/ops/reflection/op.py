@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import register_autograd
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -91,8 +92,8 @@ def _backward_bwd(ctx: Any, ddv: Tensor) -> tuple[Any, ...]:
     return (*found, None, None, None)
 
 
-torch.library.register_autograd("fastrpe::reflection_basis", _backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd("fastrpe::reflection_basis_bwd", _backward_bwd, setup_context=_setup_bwd, lib=LIB)
+register_autograd(LIB, "reflection_basis", _reflection_basis, _backward, _setup)
+register_autograd(LIB, "reflection_basis_bwd", _reflection_basis_bwd, _backward_bwd, _setup_bwd)
 
 
 # vmap: all leading axes are heads ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...backend import resolve
 from ...checks import FLOATS, check_device, check_dtype, check_shape, check_type, fail, wrong_shape, wrong_type
+from .op import call_rotate, call_rotate_cos_sin
 
 # Measured (bench/REPORT.md): the native kernels win on every case, on a GPU and on a CPU.
 PREFERENCE = ("native", "triton")
@@ -87,7 +88,7 @@ def rotate(
     if not isinstance(factor, (float, int)):
         raise wrong_type(op, "factor", factor, float, int)
     name = resolve(op, device, backend, PREFERENCE)
-    y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate.default(
+    y: tuple[Tensor, Tensor] = call_rotate(
         q, k, positions, freqs, basis, interleaved, inverse, float(factor), prefix, name
     )
     return y
@@ -144,9 +145,7 @@ def rotate_cos_sin(
     _check_table(op, "cos", cos, device)
     _check_table(op, "sin", sin, device)
     name = resolve(op, device, backend, PREFERENCE)
-    y: tuple[Tensor, Tensor] = torch.ops.fastrpe.rotate_cos_sin.default(
-        q, k, cos, sin, interleaved, inverse, prefix, name
-    )
+    y: tuple[Tensor, Tensor] = call_rotate_cos_sin(q, k, cos, sin, interleaved, inverse, prefix, name)
     return y
 
 

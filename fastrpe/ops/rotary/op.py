@@ -1,13 +1,13 @@
 """Operators of the rotary family: schemas, kernel table, fake, autograd, autocast and vmap rules."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ..autograd import register_autograd
+from ..hopper import aligned, is_hopper
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -56,8 +56,8 @@ def _rotate(
     if basis is None:
         return rotate(q, k, positions, freqs, interleaved, inverse, factor, prefix)
     if backend == "native" and _fuses(q, freqs):
-        fused: Pair = torch.ops.fastrpe_native.rotate_basis(
-            _aligned(q), _aligned(k), positions, freqs, _aligned(basis.to(q.dtype).contiguous()),
+        fused: Pair = torch.ops.fastrpe_native.rotate_basis.default(
+            aligned(q), aligned(k), positions, freqs, aligned(basis.to(q.dtype).contiguous()),
             interleaved, inverse, factor, prefix,
         )  # fmt: skip
         return fused
@@ -98,7 +98,7 @@ def _rotate_bwd(
         return _fused_bwd(dyq, dyk, q, k, positions, freqs, basis, interleaved, factor, prefix, *needs)
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.rotate_bwd
     if backend == "native":
-        bwd = torch.ops.fastrpe_native.rotate_bwd
+        bwd = torch.ops.fastrpe_native.rotate_bwd.default
     elif backend == "triton":
         from . import triton_impl
 
@@ -145,7 +145,7 @@ def _fused_bwd(
     """Gradients through a basis in one pass over memory; those of freqs and basis are empty where not needed."""
     angles = _angles(q, positions, freqs)
     dq, dk, db, df = torch.ops.fastrpe_native.rotate_basis_bwd.default(
-        _aligned(dyq), _aligned(dyk), _aligned(q), _aligned(k), *angles, _aligned(basis.to(q.dtype).contiguous()),
+        aligned(dyq), aligned(dyk), aligned(q), aligned(k), *angles, aligned(basis.to(q.dtype).contiguous()),
         interleaved, factor, prefix, need_freqs, need_basis,
     )  # fmt: skip
     empty = q.new_empty(0)
@@ -179,19 +179,7 @@ def _fuses(q: Tensor, freqs: Tensor) -> bool:
     D = q.shape[-1]
     sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
     shape = D in (64, 128) and 2 * freqs.shape[-1] == D
-    return q.is_cuda and sixteen_bits and shape and _is_hopper(q.get_device())
-
-
-@functools.cache  # asking takes longer than a launch
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _aligned(x: Tensor) -> Tensor:
-    *outer, inner = x.stride()
-    if inner == 1 and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return q.is_cuda and sixteen_bits and shape and is_hopper(q.get_device())
 
 
 def _angles(q: Tensor, a: Tensor, b: Tensor) -> Pair:
@@ -281,11 +269,11 @@ def _backward_rotate(ctx: Any, dyq: Tensor, dyk: Tensor) -> tuple[Any, ...]:
     interleaved, inverse, factor, prefix = ctx.options
     need_q, need_k, *needs = ctx.needs_input_grad[:5]
     if any(needs):
-        grads = torch.ops.fastrpe.rotate_bwd(dyq, dyk, q, k, positions, freqs, basis, *ctx.options, *needs, ctx.backend)
+        grads = call_rotate_bwd(dyq, dyk, q, k, positions, freqs, basis, *ctx.options, *needs, ctx.backend)
         found = [g if need else None for g, need in zip(grads, ctx.needs_input_grad)]
         return (*found, None, None, None, None, None)
     # A rotation's adjoint is its inverse: the same kernel, differentiable again, without the side nobody asked for.
-    dq, dk = torch.ops.fastrpe.rotate(
+    dq, dk = call_rotate(
         dyq if need_q else dyq[:, :0],
         dyk if need_k else dyk[:, :0],
         positions, freqs, basis, interleaved, not inverse, factor, prefix, ctx.backend,
@@ -304,7 +292,7 @@ def _backward_rotate_cos_sin(ctx: Any, dyq: Tensor, dyk: Tensor) -> tuple[Any, .
     q, k, cos, sin = ctx.saved_tensors
     interleaved, inverse, prefix = ctx.options
     need_q, need_k, need_cos, need_sin = ctx.needs_input_grad[:4]
-    dq, dk = torch.ops.fastrpe.rotate_cos_sin(
+    dq, dk = call_rotate_cos_sin(
         dyq if need_q else dyq[:, :0],
         dyk if need_k else dyk[:, :0],
         cos, sin, interleaved, not inverse, prefix, ctx.backend,
@@ -337,86 +325,31 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-def _setup_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    pass
-
-
-def _autograd(name: str, kernel: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """`torch.library.register_autograd` at a third of its cost a call, and without its silence in forward mode."""
-    op = getattr(torch.ops.fastrpe, name).default
-    tensors = sum("Tensor" in str(a.type) for a in op._schema.arguments)  # they come first
-
-    def below(keyset: Any, args: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            if keyset.raw_repr() in DENSE:  # the dispatcher would do no more than to call it
-                return kernel(*args)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, keyset = args
-        output = below(keyset, inputs)
-        setup(ctx, inputs, output)
-        return output
-
-    def differentiate(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
-        return (*backward(ctx, *dy), None)
-
-    Function: Any = type(
-        f"{name}_backward",
-        (torch.autograd.Function,),
-        dict(forward=staticmethod(forward), backward=staticmethod(differentiate)),
-    )
-
-    def run(keyset: Any, *args: Any) -> Any:
-        inputs = args[:tensors]
-        if forward_ad._current_level >= 0:
-            _check_no_tangents(name, inputs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Function.apply(*args, keyset)
-        return below(keyset, args)
-
-    LIB.impl(name, run, "Autograd", with_keyset=True)
-
-
-def _check_no_tangents(name: str, inputs: Sequence[Tensor | None]) -> None:
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(f"{name}: inputs must have no forward-mode tangents, got one; use reverse mode")
-
-
-# The keys of a plain tensor's call when its autograd kernel runs: no mode, subclass, transform or lazy negation.
-DENSE = {
-    (torch._C.DispatchKeySet(dense) | torch._C.DispatchKeySet(autograd)).raw_repr()
-    for dense, autograd in (
-        (torch._C.DispatchKey.CPU, torch._C.DispatchKey.AutogradCPU),
-        (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA),
-    )
-}
-
-_autograd("rotate", _rotate, _setup_rotate, _backward_rotate)
-_autograd("rotate_cos_sin", _rotate_cos_sin, _setup_rotate_cos_sin, _backward_rotate_cos_sin)
-_autograd("rotate_bwd", _rotate_bwd, _setup_nothing, _no_double_backward)
+call_rotate = register_autograd(LIB, "rotate", _rotate, _backward_rotate, _setup_rotate)
+call_rotate_cos_sin = register_autograd(
+    LIB, "rotate_cos_sin", _rotate_cos_sin, _backward_rotate_cos_sin, _setup_rotate_cos_sin
+)
+call_rotate_bwd = register_autograd(LIB, "rotate_bwd", _rotate_bwd, _no_double_backward)
 
 
 # Autocast: q and k go to the autocast dtype, as in scaled_dot_product_attention; angles and the basis stay -----------
 
 
-def _autocast(name: str, device_type: str, key: str) -> None:
+def _autocast(name: str, call: Callable[..., Pair], device_type: str, key: str) -> None:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    op = getattr(torch.ops.fastrpe, name).default
 
     def cast(q: Tensor, k: Tensor, *rest: Any) -> Pair:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             q, k = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k))
-            y: Pair = op(q, k, *rest)
-            return y
+            return call(q, k, *rest)
 
     LIB.impl(name, cast, key)
 
 
-for _name in ("rotate", "rotate_cos_sin"):
-    _autocast(_name, "cuda", "AutocastCUDA")
-    _autocast(_name, "cpu", "AutocastCPU")
+for _name, _call in (("rotate", call_rotate), ("rotate_cos_sin", call_rotate_cos_sin)):
+    _autocast(_name, _call, "cuda", "AutocastCUDA")
+    _autocast(_name, _call, "cpu", "AutocastCPU")
 
 
 # vmap ----------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import register_autograd
 from .pattern import patterns_of
 from .solvers import SOLVERS, sampled_product
 
@@ -143,8 +144,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("fastrpe::sparse_cayley", _backward, setup_context=_setup, lib=LIB)
-torch.library.register_autograd("fastrpe::sparse_cayley_bwd", _no_double_backward, lib=LIB)
+register_autograd(LIB, "sparse_cayley", _sparse_cayley, _backward, _setup)
+register_autograd(LIB, "sparse_cayley_bwd", _sparse_cayley_bwd, _no_double_backward)
 
 
 # Autocast: x goes to the autocast dtype, theta stays ------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .tiles import (
     add_columns,
     add_outer,
     add_token,
+    feature_bias,
     half_norm,
     load_omega,
     load_rows,
@@ -36,12 +37,11 @@ from .tiles import (
     query_state,
     rows,
     slope,
+    state_before,
     steps,
     store_rows,
     store_state,
     times_columns,
-    token_bias,
-    token_state,
 )
 
 SPREAD = tl.constexpr(80.0)  # bits between a feature's queries of one chunk, above which the smaller may have vanished
@@ -327,17 +327,10 @@ def _causal_dq_kernel(
     p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
     o_f, o_l, o_d = tl.arange(0, BF), tl.arange(0, BL), tl.arange(0, BD)
     b_omega = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
-    b_bias = tl.where(o_f < F, 0.0, MASKED)
-    if BIASED:
-        b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
-    if PARTS:
-        b_kv, b_z, b_c = load_state(kv, z, c, i_state * parts + i_s, o_f, F, 1.0, V, BV)
-    elif START:
-        b_kv, b_z, b_c = load_state(kv0, z0, c0, i_state, o_f, F, LOG2E, V, BV)
-    else:
-        b_kv = tl.zeros((BF, BV), tl.float32)
-        b_z = tl.zeros((BF,), tl.float32)
-        b_c = tl.full((BF,), EMPTY if KIND == EXP else 0.0, tl.float32)
+    b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
+    b_kv, b_z, b_c = state_before(
+        kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, KIND, PARTS, START
+    )
     b_dw = tl.zeros((BF, BD), tl.float32)
     b_db = tl.zeros((BF,), tl.float32)
     vanished = tl.zeros((BL,), tl.int32)
@@ -443,10 +436,10 @@ def _tokens_dq_kernel(
         o_f, o_d, o_v = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, BV)
         b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
         i_state = i_b * (heads // groups) + i_k
-        b_kv, b_z, b_c = token_state(
-            kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, PARTS, START
+        b_kv, b_z, b_c = state_before(
+            kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, EXP, PARTS, START
         )
-        b_bias = token_bias(bias + i_k * bias_h, o_f, F, BIASED)
+        b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
         b_dw = tl.zeros((BF, BD), tl.float32)
         b_db = tl.zeros((BF,), tl.float32)
         for i in steps(i_s * span, tl.minimum(L, (i_s + 1) * span), 1):
@@ -501,9 +494,7 @@ def _causal_dk_kernel(
     p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
     o_f, o_l, o_d = tl.arange(0, BF), tl.arange(0, BL), tl.arange(0, BD)
     b_omega = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
-    b_bias = tl.where(o_f < F, 0.0, MASKED)
-    if BIASED:
-        b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
+    b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
     b_kv = tl.zeros((BF, BV), tl.float32)
     b_z = tl.zeros((BF,), tl.float32)
     b_c = tl.full((BF,), EMPTY if KIND == EXP else 0.0, tl.float32)
@@ -617,13 +608,13 @@ def _tokens_dk_kernel(
         m_d, m_v = o_d < D, o_v < V
         b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
         i_state = i_b * (heads // groups) + i_k
-        b_kv, b_z, b_c = token_state(
-            kv, z, c, kv0, z0, c0, i_state, i_bh * parts + i_s, o_f, F, V, BF, BV, PARTS, START
+        b_kv, b_z, b_c = state_before(
+            kv, z, c, kv0, z0, c0, i_state, i_bh * parts + i_s, o_f, F, V, BF, BV, EXP, PARTS, START
         )
         if START and not PARTS:
             if i_h % groups != 0:
                 b_kv, b_z, b_c = b_kv * 0.0, b_z * 0.0, tl.full((BF,), EMPTY, tl.float32)
-        b_bias = token_bias(bias + i_k * bias_h, o_f, F, BIASED)
+        b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
         half = 0.5 * LOG2E * scale * scale
         b_dw = tl.zeros((BF, BD), tl.float32)
         b_db = tl.zeros((BF,), tl.float32)
@@ -825,7 +816,7 @@ def causal_gradients(
     late: State | None,
     need_omega: bool,
 ) -> Gradients:
-    t = p.tiles(causal=True)
+    t = p.tiles(causal=True, backward=True)
     groups = p.H // p.Hk
     span, count = causal_spans(p, t)
     wide = q.dtype if groups == 1 else torch.float32  # of a group's heads, added afterwards

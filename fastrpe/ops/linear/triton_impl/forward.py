@@ -19,6 +19,7 @@ from .tiles import (
     add_columns,
     add_states,
     add_token,
+    feature_bias,
     half_norm,
     load_omega,
     load_rows,
@@ -32,12 +33,11 @@ from .tiles import (
     project_t,
     query_state,
     rows,
+    state_before,
     steps,
     store_rows,
     store_state,
     times_columns,
-    token_bias,
-    token_state,
 )
 
 SPLITS = 8  # parts of a state that every program of queries adds up; more are added up by a kernel of their own
@@ -273,17 +273,10 @@ def _causal_kernel(
     o_f, o_l = tl.arange(0, BF), tl.arange(0, BL)
     p_w = omega + i_k * omega_h
     b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
-    b_bias = tl.where(o_f < F, 0.0, MASKED)
-    if BIASED:
-        b_bias += tl.load(bias + i_k * bias_h + o_f, mask=o_f < F, other=0.0) * LOG2E
-    if PARTS:
-        b_kv, b_z, b_c = load_state(kv, z, c, i_state * parts + i_s, o_f, F, 1.0, V, BV)
-    elif START:
-        b_kv, b_z, b_c = load_state(kv0, z0, c0, i_state, o_f, F, LOG2E, V, BV)
-    else:
-        b_kv = tl.zeros((BF, BV), tl.float32)
-        b_z = tl.zeros((BF,), tl.float32)
-        b_c = tl.full((BF,), EMPTY if KIND == EXP else 0.0, tl.float32)
+    b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
+    b_kv, b_z, b_c = state_before(
+        kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, KIND, PARTS, START
+    )
     vanished = tl.zeros((BL,), tl.int32)
     end = tl.minimum(L, (i_s + 1) * span)
     for i in steps(i_s * span, end, BL):
@@ -362,9 +355,9 @@ def _tokens_kernel(
         p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
         o_f, o_d, o_v = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, BV)
         b_w = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
-        b_bias = token_bias(bias + i_k * bias_h, o_f, F, BIASED)
-        b_kv, b_z, b_c = token_state(
-            kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, PARTS, START
+        b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
+        b_kv, b_z, b_c = state_before(
+            kv, z, c, kv0, z0, c0, i_state, i_state * parts + i_s, o_f, F, V, BF, BV, EXP, PARTS, START
         )
         for i in steps(i_s * span, tl.minimum(L, (i_s + 1) * span), 1):
             row = tl.cast(i, tl.int64)

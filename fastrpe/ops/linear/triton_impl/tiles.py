@@ -226,11 +226,9 @@ def query_state(b_kv, b_z, b_c, p_bias, o_f, F, BIASED: tl.constexpr, KIND: tl.c
     return b_kv, b_z, tl.where(o_f < F, b_c, MASKED)
 
 
-# Token by token: exact whatever the keys, and slow -------------------------------------------------------------------
-
-
 @triton.jit
-def token_bias(p_bias, o_f, F, BIASED: tl.constexpr):
+def feature_bias(p_bias, o_f, F, BIASED: tl.constexpr):
+    """What every exponent of a feature has, in base 2; of the padding, what makes it vanish."""
     b_bias = tl.where(o_f < F, 0.0, MASKED)
     if BIASED:
         b_bias += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
@@ -238,19 +236,22 @@ def token_bias(p_bias, o_f, F, BIASED: tl.constexpr):
 
 
 @triton.jit
-def token_state(
+def state_before(
     kv, z, c, kv0, z0, c0, i_state, i_part, o_f, F,
-    V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr,
+    V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """The state before a span: of its part, of the start, or of no keys."""
     b_kv = tl.zeros((BF, BV), tl.float32)
     b_z = tl.zeros((BF,), tl.float32)
-    b_c = tl.full((BF,), EMPTY, tl.float32)
+    b_c = tl.full((BF,), EMPTY if KIND == EXP else 0.0, tl.float32)
     if PARTS:
         b_kv, b_z, b_c = load_state(kv, z, c, i_part, o_f, F, 1.0, V, BV)
     elif START:
         b_kv, b_z, b_c = load_state(kv0, z0, c0, i_state, o_f, F, LOG2E, V, BV)
     return b_kv, b_z, b_c
+
+
+# Token by token: exact whatever the keys, and slow -------------------------------------------------------------------
 
 
 @triton.jit
@@ -330,7 +331,7 @@ class Plan:
             return tl.bfloat16
         return tl.float16 if self.input == torch.float16 and bounded and self.is_exp else tl.float32
 
-    def tiles(self, causal: bool = False, state: bool = False) -> Tiles:
+    def tiles(self, causal: bool = False, state: bool = False, backward: bool = False) -> Tiles:
         """Tiles of features and rows, such that registers and shared memory hold what a kernel keeps."""
         F, wide = pad(self.F), max(self.BD, self.BV)
         if not self.is_half:
@@ -338,10 +339,10 @@ class Plan:
             features = F if causal else min(F, 32 if wide <= 64 else 16)
             return Tiles(features, 16, features == F, 4, 1)
         if causal:
-            # Measured for D = V = 64, F = 128: 4 warps and 64 rows take half the time of 8 warps and 32 rows.
-            small, fits = F <= 128 and wide <= 64, F * (self.BD + self.BV) <= 2**14
-            stages = 2 if fits and self.input == torch.bfloat16 else 1
-            return Tiles(F, 64 if small else 32, True, 4 if small else 8, stages)
+            bfloat16, fits = self.input == torch.bfloat16, F * (self.BD + self.BV) <= 2**14
+            # Measured for bfloat16 and F = 128, forward: 64 rows of 4 warps take half the time of 32 of 8.
+            small = wide <= 64 and F <= (128 if bfloat16 and not backward else 64)
+            return Tiles(F, 64 if small else 32, True, 4 if small else 8, 2 if fits and bfloat16 else 1)
         if state:
             features = min(F, 128 if wide <= 128 else 64)
             return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)

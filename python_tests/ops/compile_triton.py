@@ -1,0 +1,69 @@
+"""Compiles the Triton kernels of linear attention and random features for Hopper, on a machine without a GPU.
+
+Prints each kernel that needs more shared memory than a block has; the interpreter, which runs them in the suite, has no
+such limit. A process of its own: Triton decides when it is imported whether it interprets.
+"""
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastrpe.ops.features import triton_impl as features
+from fastrpe.ops.linear.triton_impl import backward, forward
+
+LARGEST = 227 * 1024
+found: dict[str, int] = {}
+
+
+class Hopper:
+    """A driver that knows its target and nothing else."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+def compile_only(self: Any, grid: Any) -> Any:
+    def launch(*args: Any, **options: Any) -> None:
+        kernel = self.warmup(*args, grid=(1,), **options)
+        name = self.fn.__name__
+        found[name] = max(found.get(name, 0), kernel.metadata.shared)
+
+    return launch
+
+
+def attention(dtype: torch.dtype, kind: str, causal: bool, M: int) -> None:
+    q, k, v, dout = (torch.zeros(1, 2, 128, 64, dtype=dtype) for _ in range(4))
+    omega = torch.zeros(M, 64, dtype=dtype) if M else None
+    arguments = q, k, v, omega, kind, causal, 0.3, None, 0.0, True, None, None, None, None, None
+    _, *last = forward.linear_attention(*arguments)
+    backward.linear_attention_bwd(dout, None, None, *arguments, *last, M > 0)
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    JITFunction.__getitem__ = compile_only
+    for dtype, M in ((torch.bfloat16, 128), (torch.float16, 128), (torch.float32, 64)):
+        attention(dtype, "positive", False, M)
+        attention(dtype, "positive", True, M)
+    attention(torch.bfloat16, "relu", True, 0)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, omega = torch.zeros(1, 2, 64, 64, dtype=dtype), torch.zeros(256, 64)
+        y = features.random_features(x, omega, "positive", 0.3, 0.0, None, "row").float()
+        features.random_features_bwd(y, y, x, omega, "positive", 0.3, 0.0, None, True)
+    for name, shared in found.items():
+        if shared > LARGEST:
+            print(f"{name} needs {shared} bytes of shared memory, a block has {LARGEST}")
+    print(f"{len(found)} kernels compiled")
+
+
+if __name__ == "__main__":
+    main()
