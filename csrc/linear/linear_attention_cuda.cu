@@ -3,10 +3,8 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
-#include <atomic>
 
-#include "../common/cuda.cuh"
-#include "../common/hopper.cuh"
+#include "linear_attention.cuh"
 #include "linear_attention_cuda.h"
 
 // Attention of exponential features on Hopper's tensor cores: softmax attention twice. Features attend over keys,
@@ -21,47 +19,6 @@
 namespace fastrpe {
 namespace linear {
 namespace {
-
-constexpr float log2e = 1.4426950408889634f, ln2 = 0.6931471805599453f;
-constexpr float empty = -1e20f;   // the maximum of no exponent at all
-constexpr float masked = -1e30f;  // the exponent of a key that takes no part: no infinity to subtract
-
-constexpr int width = 64;          // D and V
-constexpr int pieces = width / 8;  // of 16 bytes, of a row
-
-// Rows of width neighbouring values, each aligned to 16 bytes.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t b, h, l;  // strides
-
-  __device__ __forceinline__ const T* at(int64_t i_b, int64_t i_h) const {
-    return data + i_b * b + i_h * h;
-  }
-};
-
-template <typename T>
-struct Args {
-  Rows<T> q, k, v;
-  const void* omega;  // (M, D) or (Hk, M, D), of T or float
-  const float* bias;  // (M,) or (Hk, M), or null
-  const bool* mask;   // (B, S), or null
-  T* out;             // (B, H, L, V)
-  float *kv, *z, *log_scale;
-  // With three kernels: the sums of keys, logarithms to base 2, of block i and head j in slot i + j, and what queries
-  // read, the means' columns in the order of the product.
-  float *part_kv, *part_z, *part_c;  // (slots, M, V), (slots, M)
-  T* means;                          // (B Hk, M, V)
-  float* exponents;                  // (B Hk, M)
-  float scale, norm;                 // what turns projections and squared norms into exponents
-  int Hk, queries, L, S;             // H is Hk times queries
-  int heads;                         // B Hk
-  int row_tiles;                     // of L
-  int key_tiles, query_steps;        // of a key head
-  int key_blocks;                    // of the kernel for keys
-  int omega_h, bias_h;
-  bool wide_omega;
-};
 
 enum class Pass { both, keys, queries };
 
@@ -137,17 +94,6 @@ struct Memory {
   }
 };
 
-// Where the 16 bytes number u of a row lie, as the tensor cores read them.
-__device__ __forceinline__ int piece(int row, int u) {
-  return row * pieces + (u ^ row % 8);
-}
-
-__device__ __forceinline__ int this_block() {
-  uint32_t block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  return static_cast<int>(block);
-}
-
 // A place among the tiles of all heads, and how many from there on are this block's.
 struct Place {
   int head, b, h, tile, count;
@@ -180,41 +126,6 @@ struct Place {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ bool takes_part(const Args<T>& args, int b, int key) {
-  return key < args.S && (args.mask == nullptr || args.mask[static_cast<int64_t>(b) * args.S + key]);
-}
-
-// Starts to copy rows [first, first + Count), zero where they are not inside.
-template <int Threads, int Count, typename T, typename Inside>
-__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, uint4* to, Inside&& inside) {
-  constexpr int step = Threads / pieces;
-  const int i = threadIdx.x % Threads / pieces, u = threadIdx.x % pieces;
-  const T* from = rows + (first + i) * stride + u * 8;
-  to += piece(i, u);  // a step of 8 rows keeps the swizzle
-#pragma unroll
-  for (int n = 0; n < Count; n += step) {
-    copy_async<16>(to + n * pieces, from, inside(first + n + i));
-    from += step * stride;
-  }
-}
-
-template <typename Of, typename T>
-__device__ __forceinline__ void fill_omega(const Args<T>& args, int h, uint4* to) {
-  const int64_t start = static_cast<int64_t>(h) * args.omega_h;
-#pragma unroll
-  for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
-    const int row = n / pieces, u = n % pieces;
-    if (args.wide_omega) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
-      const float4 x = from[0], y = from[1];
-      to[piece(row, u)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
-    } else {
-      copy_async<16>(to + piece(row, u), static_cast<const T*>(args.omega) + start + n * 8, true);
-    }
-  }
-}
-
 // The exponents that a tile of keys adds to its projections.
 template <typename Of, typename T>
 __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
@@ -239,11 +150,6 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
   if (part == 0) {
     to[key] = takes_part(args, b, first + key) ? sum * args.norm : masked;
   }
-}
-
-template <typename T>
-__device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
-  return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
 }
 
 // Of piece u of a row of the product a thread holds pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the
@@ -288,17 +194,6 @@ __device__ __forceinline__ void swap_if(bool condition, float2& a, float2& b) {
   b = condition ? first : b;
 }
 
-// The largest and the sum of a row, which four neighbouring threads hold.
-__device__ __forceinline__ float largest_of_four(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float sum_of_four(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // c (64 rows x 2 R) = a b^T over the width.
 template <typename T, int R>
 __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uint4* b) {
@@ -308,23 +203,6 @@ __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uin
     multiply<T>(c, operand(a + 2 * step), operand(b + 2 * step), step > 0);
   }
   products_end();
-}
-
-// s scaled, with the exponents of its columns; the largest of this thread's two rows.
-template <int R>
-__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
-  const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < R / 4; ++j) {
-    const float2 e = pairs[4 * j];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float &x = s[4 * j + 2 * i], &y = s[4 * j + 2 * i + 1];
-      x = fmaf(x, scale, e.x);
-      y = fmaf(y, scale, e.y);
-      top[i] = fmaxf(top[i], fmaxf(x, y));
-    }
-  }
 }
 
 // sums += 2^(s - top) values, and the sums of the weights; `values` has a row for each column of s.
@@ -802,24 +680,6 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
   }
 }
 
-struct Device {
-  int capability, multiprocessors;
-};
-
-Device device(int index) {
-  static const std::vector<Device> all = [] {
-    int count;
-    STD_CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<Device> found(count);
-    for (int i = 0; i < count; ++i) {
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].capability, cudaDevAttrComputeCapabilityMajor, i));
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].multiprocessors, cudaDevAttrMultiProcessorCount, i));
-    }
-    return found;
-  }();
-  return all.at(index);
-}
-
 // Whether a block for each head takes less time than equal shares of the work and two launches more, which take as long
 // as 12 times 64 x 64 weights on every multiprocessor.
 template <typename Of, typename T>
@@ -832,31 +692,10 @@ bool takes_one_launch(const Args<T>& args, int64_t multiprocessors) {
   return twice * work * multiprocessors <= 2 * (args.heads * work + 12 * multiprocessors);
 }
 
-template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes, cudaStream_t stream,
-            bool overlaps, const Parameters&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<uint32_t>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlaps ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
 template <typename Of, typename T>
 void launch(const Args<T>& args, int64_t blocks, int device, cudaStream_t stream) {
   const auto kernel = linear_attention_kernel<T, Of>;
-  static std::atomic<uint64_t> prepared{0};  // devices
-  const uint64_t bit = uint64_t{1} << device % 64;
-  if (device >= 64 || (prepared.load() & bit) == 0) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes));
-    prepared.fetch_or(bit);
-  }
+  allow_memory<Of>(kernel, device);
   launch(kernel, blocks, Of::threads, Of::bytes, stream, Of::pass == Pass::queries, args);
 }
 
@@ -889,9 +728,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hk && v.size(2) == S, op,
                   ": k and v must have the B of q, and the same heads and tokens");
   STD_TORCH_CHECK(H == Hk || (Hk > 0 && H % Hk == 0), op, ": H must be a multiple of Hk");
-  STD_TORCH_CHECK((kind == positive || kind == exp) && omega && !causal && eps == 0 && normalize && !cu_seqlens &&
-                      !kv && !z && !log_scale,
-                  op, ": the CUDA kernel takes normalised, bidirectional, exponential features of a projection");
+  STD_TORCH_CHECK((kind == positive || kind == exp) && omega && eps == 0 && normalize && !cu_seqlens, op,
+                  ": the CUDA kernel takes normalised exponential features of a projection");
+  STD_TORCH_CHECK(!causal || (dtype == ScalarType::BFloat16 && S == L), op,
+                  ": causal q must have dtype bfloat16, and as many tokens as k");
   const int64_t n = omega->dim();
   const bool wide_omega = omega->scalar_type() == ScalarType::Float;
   check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
@@ -909,6 +749,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   if (mask) {
     check_like(op, "mask", *mask, ScalarType::Bool, q);
     STD_TORCH_CHECK(mask->is_contiguous() && mask->numel() == B * S, op, ": mask must have shape (B, S)");
+  }
+  const bool starts = kv && z && log_scale;
+  STD_TORCH_CHECK(starts ? causal : !(kv || z || log_scale), op, ": kv, z and log_scale come together, and causal alone");
+  if (starts) {
+    const std::pair<const char*, const Tensor*> state[] = {{"kv", &*kv}, {"z", &*z}, {"log_scale", &*log_scale}};
+    for (const auto& [name, x] : state) {
+      check_like(op, name, *x, ScalarType::Float, q);
+      STD_TORCH_CHECK(x->is_contiguous() && x->numel() == B * Hk * M * (x == &*kv ? width : 1), op, ": ", name,
+                      " must be contiguous, (B, Hk, M, V) or (B, Hk, M)");
+    }
   }
   constexpr int64_t limit = int64_t{1} << 30, heads_limit = int64_t{1} << 22;
   const int64_t heads = B * Hk;
@@ -946,6 +796,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.kv = static_cast<float*>(new_kv.mutable_data_ptr());
     args.z = static_cast<float*>(new_z.mutable_data_ptr());
     args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
+    if (starts) {
+      args.kv0 = static_cast<const float*>(kv->const_data_ptr());
+      args.z0 = static_cast<const float*>(z->const_data_ptr());
+      args.log_scale0 = static_cast<const float*>(log_scale->const_data_ptr());
+    }
     args.scale = static_cast<float>(scale * log2e);
     args.norm = kind == positive ? static_cast<float>(-0.5 * log2e * scale * scale) : 0;
     args.Hk = static_cast<int>(Hk);
@@ -960,24 +815,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     };
     if constexpr (F < 256) {
       using Of = Plan<Pass::both, F>;
-      divide(Of{});
-      if (takes_one_launch<Of>(args, gpu.multiprocessors)) {
-        launch<Of>(args, heads, index, stream);
-        return;
+      if (!causal) {
+        divide(Of{});
+        if (takes_one_launch<Of>(args, gpu.multiprocessors)) {
+          launch<Of>(args, heads, index, stream);
+          return;
+        }
       }
     }
     using Of = Plan<Pass::keys, F>;
     divide(Of{});
+    args.key_tile = Of::keys;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
-    args.key_blocks = static_cast<int>(std::min(heads * args.key_tiles, resident));
-    const int64_t slots = heads + args.key_blocks - 1, of_parts = slots * F, of_heads = heads * F;
-    Tensor scratch = new_empty(q, {of_parts * (width + 2) + of_heads * (width / 2 + 1)}, ScalarType::Float);
-    args.part_kv = static_cast<float*>(scratch.mutable_data_ptr());
-    args.means = reinterpret_cast<T*>(args.part_kv + of_parts * width);
-    args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
-    args.part_z = args.exponents + of_heads;
-    args.part_c = args.part_z + of_parts;
-    launch<Of>(args, args.key_blocks, index, stream);
+    args.key_blocks = static_cast<int>(causal
+                                           ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
+                                           : std::min(heads * args.key_tiles, resident));
+    const int64_t slots = heads + args.key_blocks - 1, of_parts = slots * F, of_heads = causal ? 0 : heads * F;
+    Tensor scratch;
+    if (!causal || args.key_blocks != heads) {
+      scratch = new_empty(q, {of_parts * (width + 2) + of_heads * (width / 2 + 1)}, ScalarType::Float);
+      args.part_kv = static_cast<float*>(scratch.mutable_data_ptr());
+      args.means = reinterpret_cast<T*>(args.part_kv + of_parts * width);
+      args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
+      args.part_z = args.exponents + of_heads;
+      args.part_c = args.part_z + of_parts;
+      launch<Of>(args, args.key_blocks, index, stream);
+    }
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (causal) {
+        causal_attention<T, F>(args, index, stream);
+        return;
+      }
+    }
     launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
     if (args.query_steps > 0) {
       launch<Plan<Pass::queries, F>>(args, std::min(heads * args.query_steps, resident), index, stream);
