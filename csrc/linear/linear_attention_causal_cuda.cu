@@ -23,12 +23,12 @@ template <int Features>
 struct Plan {
   static constexpr int M = Features;
   static constexpr int threads = 2 * M;
-  static constexpr int groups = M / 64;                           // warpgroups
-  static constexpr int blocks = M == 64 ? 3 : M == 128 ? 2 : 1;   // of a multiprocessor
-  static constexpr int rows = 64;                                 // tokens of a tile
-  static constexpr int matrix = rows * pieces;                    // in units of 16 bytes, as all of these
-  static constexpr int features = M * pieces;                     // omega
-  static constexpr int stage = 3 * matrix;                        // q, k and v
+  static constexpr int groups = M / 64;                          // warpgroups
+  static constexpr int blocks = M == 64 ? 3 : M == 128 ? 2 : 1;  // of a multiprocessor
+  static constexpr int rows = 64;                                // tokens of a tile
+  static constexpr int matrix = rows * pieces;                   // in units of 16 bytes, as all of these
+  static constexpr int features = M * pieces;                    // omega
+  static constexpr int stage = 3 * matrix;                       // q, k and v
   static constexpr int stages = 2;
   static constexpr int work = 2 * matrix;  // of a warpgroup: keys' features and their sums, then 64 x 64 in float32
   static constexpr int floats = rows + 2 * M + 2 * groups * rows;
@@ -531,7 +531,7 @@ void causal_attention(const Args<T>& args, int device, cudaStream_t stream) {
   launch(kernel, int64_t{args.key_blocks} * args.queries, Of::threads, Of::bytes, stream, divided, args);
 }
 
-#define FASTRPE_CAUSAL(M)                                                  \
+#define FASTRPE_CAUSAL(M)                                                     \
   template int causal_shares<M>(int64_t, int64_t, int64_t, int64_t, int64_t); \
   template void causal_attention<BFloat16, M>(const Args<BFloat16>&, int, cudaStream_t);
 FASTRPE_CAUSAL(64)

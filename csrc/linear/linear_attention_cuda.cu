@@ -751,7 +751,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     STD_TORCH_CHECK(mask->is_contiguous() && mask->numel() == B * S, op, ": mask must have shape (B, S)");
   }
   const bool starts = kv && z && log_scale;
-  STD_TORCH_CHECK(starts ? causal : !(kv || z || log_scale), op, ": kv, z and log_scale come together, and causal alone");
+  STD_TORCH_CHECK(starts ? causal : !(kv || z || log_scale), op,
+                  ": kv, z and log_scale come together, and causal alone");
   if (starts) {
     const std::pair<const char*, const Tensor*> state[] = {{"kv", &*kv}, {"z", &*z}, {"log_scale", &*log_scale}};
     for (const auto& [name, x] : state) {
@@ -827,9 +828,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     divide(Of{});
     args.key_tile = Of::keys;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
-    args.key_blocks = static_cast<int>(causal
-                                           ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
-                                           : std::min(heads * args.key_tiles, resident));
+    args.key_blocks =
+        static_cast<int>(causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
+                                : std::min(heads * args.key_tiles, resident));
     const int64_t slots = heads + args.key_blocks - 1, of_parts = slots * F, of_heads = causal ? 0 : heads * F;
     Tensor scratch;
     if (!causal || args.key_blocks != heads) {
