@@ -105,6 +105,11 @@ __device__ __forceinline__ uint64_t operand(const void* p, uint32_t slab = 16) {
   return address / 16 | static_cast<uint64_t>(slab / 16) << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
 
+// The operand that lies `bytes` further.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+  return operand + bytes / 16;
+}
+
 // Before the first product, and where other instructions have written a product's registers.
 __device__ __forceinline__ void products_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

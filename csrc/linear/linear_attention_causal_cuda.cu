@@ -52,19 +52,9 @@ struct Memory {
         rows(reinterpret_cast<float2*>(z + Of::M)) {}
 };
 
-// A tile, which begins with token `first` of key head h of b.
+// A tile, which begins with token `first` of a key head.
 struct Tile {
-  int head, b, h, first;
-
-  // Where share n of the tiles of all heads begins.
-  template <typename T>
-  __device__ __forceinline__ Tile(const Args<T>& args, int n) {
-    const int at = static_cast<int>(static_cast<int64_t>(args.heads) * args.key_tiles * n / args.key_blocks);
-    head = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.key_tiles);
-    first = (at - head * args.key_tiles) * args.key_tile;
-    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
-    h = head - b * args.Hk;
-  }
+  int head, first;
 
   template <typename T>
   __device__ __forceinline__ bool is_last(const Args<T>& args) const {
@@ -72,43 +62,91 @@ struct Tile {
   }
 
   template <typename T>
-  __device__ __forceinline__ void next(const Args<T>& args) {
-    if (!is_last(args)) {
-      first += 64;
-      return;
-    }
-    first = 0;
-    ++head;
-    if (++h == args.Hk) {
-      h = 0;
-      ++b;
-    }
-  }
-
-  __device__ __forceinline__ bool is_before(const Tile& other) const {
-    return head < other.head || (head == other.head && first < other.first);
+  __device__ __forceinline__ int key_head(const Args<T>& args) const {
+    return static_cast<uint32_t>(head) % static_cast<uint32_t>(args.Hk);
   }
 };
 
-template <typename Of, typename T>
-__device__ __forceinline__ void start_copy(const Args<T>& args, const Tile& tile, int query, uint4* to) {
-  const auto is_key = [&](int token) { return takes_part(args, tile.b, token); };
-  const T* q = args.q.at(tile.b, static_cast<int64_t>(tile.h) * args.queries + query);
-  fetch<Of::threads, Of::rows>(args.k.at(tile.b, tile.h), args.k.l, tile.first, to + Of::matrix, is_key);
-  fetch<Of::threads, Of::rows>(q, args.q.l, tile.first, to, [&](int token) { return token < args.L; });
-  fetch<Of::threads, Of::rows>(args.v.at(tile.b, tile.h), args.v.l, tile.first, to + 2 * Of::matrix, is_key);
+// Where share n of the tiles of all heads begins.
+template <typename T>
+__device__ __forceinline__ Tile begin_of(const Args<T>& args, int n) {
+  const int at = static_cast<int>(static_cast<int64_t>(args.heads) * args.key_tiles * n / args.key_blocks);
+  const int head = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.key_tiles);
+  return {head, (at - head * args.key_tiles) * args.key_tile};
 }
+
+// Copies of a share's tiles, in order; a thread has piece u of every step-th row from row i on.
+template <typename Of, typename T>
+struct Copies {
+  static constexpr int step = Of::threads / pieces, count = Of::rows / step;
+
+  Tile tile;
+  const T *q, *k, *v;
+
+  __device__ __forceinline__ Copies(const Args<T>& args, const Tile& tile, int query) : tile(tile) {
+    find(args, query);
+  }
+
+  __device__ __forceinline__ void find(const Args<T>& args, int query) {
+    const int h = tile.key_head(args), b = static_cast<uint32_t>(tile.head) / static_cast<uint32_t>(args.Hk);
+    const int row = tile.first + threadIdx.x / pieces, u = threadIdx.x % pieces;
+    q = args.q.at(b, static_cast<int64_t>(h) * args.queries + query) + row * args.q.l + u * 8;
+    k = args.k.at(b, h) + row * args.k.l + u * 8;
+    v = args.v.at(b, h) + row * args.v.l + u * 8;
+  }
+
+  __device__ __forceinline__ void next(const Args<T>& args, int query) {
+    if (tile.is_last(args)) {
+      tile = {tile.head + 1, 0};
+      find(args, query);
+    } else {
+      tile.first += Of::rows;
+      q += Of::rows * args.q.l;
+      k += Of::rows * args.k.l;
+      v += Of::rows * args.v.l;
+    }
+  }
+
+  // Which of this thread's rows have a key that takes part: bit n for that of row i + n step.
+  __device__ __forceinline__ uint32_t start(const Args<T>& args, uint4* to) const {
+    const int i = threadIdx.x / pieces;
+    uint32_t rows = ~0u, keys = ~0u;
+    if (tile.first + Of::rows > args.L || args.mask != nullptr) {
+      const int b = static_cast<uint32_t>(tile.head) / static_cast<uint32_t>(args.Hk);
+      rows = keys = 0;
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        const int token = tile.first + i + n * step;
+        rows |= token < args.L ? 1u << n : 0u;
+        keys |= takes_part(args, b, token) ? 1u << n : 0u;
+      }
+    }
+    to += piece(i, threadIdx.x % pieces);  // a step of 8 rows keeps the swizzle
+    copy(k, args.k.l, to + Of::matrix, keys);
+    copy(q, args.q.l, to, rows);
+    copy(v, args.v.l, to + 2 * Of::matrix, keys);
+    return keys;
+  }
+
+  static __device__ __forceinline__ void copy(const T* from, int64_t stride, uint4* to, uint32_t inside) {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      copy_async<16>(to + n * step * pieces, from + n * step * stride, inside >> n & 1);
+    }
+  }
+};
 
 // The exponents that keys add to their projections; a thread looks at what it has copied itself.
 template <typename Of, typename T>
-__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const Tile& tile, const uint4* k, float* to) {
-  const int u = threadIdx.x % pieces;
+__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, uint32_t inside, float* to) {
+  using Copy = Copies<Of, T>;
+  const int i = threadIdx.x / pieces, u = threadIdx.x % pieces;
 #pragma unroll
-  for (int key = threadIdx.x / pieces; key < Of::rows; key += Of::threads / pieces) {
+  for (int n = 0; n < Copy::count; ++n) {
     float sum = 0;
     if (args.norm != 0) {
       float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + piece(key, u)));
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + n * Copy::step * pieces + piece(i, u)));
 #pragma unroll
       for (float value : x) {
         sum = fmaf(value, value, sum);
@@ -119,7 +157,7 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const Tile& t
       }
     }
     if (u == 0) {
-      to[key] = takes_part(args, tile.b, tile.first + key) ? sum * args.norm : masked;
+      to[i + n * Copy::step] = inside >> n & 1 ? sum * args.norm : masked;
     }
   }
 }
@@ -215,9 +253,10 @@ template <typename Of, typename T>
 __device__ __forceinline__ void store_rows(const Args<T>& args, const Memory<Of>& memory, const Tile& tile, int query,
                                            int begin, int end) {
   T* out = args.out + ((static_cast<int64_t>(tile.head) * args.queries + query) * args.L + tile.first) * width;
+  end = min(end, args.L - tile.first);
 #pragma unroll
-  for (int n = threadIdx.x; n < Of::matrix; n += Of::threads) {
-    const int row = n / pieces, u = n % pieces;
+  for (int n = 0; n < Of::matrix / Of::threads; ++n) {
+    const int row = n * (Of::threads / pieces) + threadIdx.x / pieces, u = threadIdx.x % pieces;
     float top = masked, total = 0, y[8] = {};
 #pragma unroll
     for (int group = 0; group < Of::groups; ++group) {
@@ -242,7 +281,7 @@ __device__ __forceinline__ void store_rows(const Args<T>& args, const Memory<Of>
     for (float& value : y) {
       value *= inverse;
     }
-    if (row >= begin && row < end && tile.first + row < args.L) {
+    if (row >= begin && row < end) {
       store<T, 8>(out + row * width + u * 8, narrow<T, 8>(y));
     }
   }
@@ -254,20 +293,22 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
                                      const uint4* q, const float (&bias)[2], float (&kv)[32], float (&z)[2],
                                      float (&c)[2]) {
   const int group = threadIdx.x / 128, t = threadIdx.x % 4, row = first_row();
-  const uint4 *k = q + Of::matrix, *v = k + Of::matrix, *omega = memory.omega + group * Of::matrix;
   uint4 *keys = memory.work + group * Of::work, *state = keys + Of::matrix;
+  constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
+  const uint64_t of_omega = operand(memory.omega + group * Of::matrix), of_q = operand(q), of_k = further(of_q, bytes),
+                 of_v = further(of_k, bytes), of_keys = operand(keys), of_state = further(of_keys, bytes);
   float *exponents = memory.exponents + group * 64, *sums = memory.z + group * 64;
   for (int begin = 0, end = Of::rows; begin < Of::rows;) {
     float s[32], p[32];  // features x keys, queries x features
     products_begin();
 #pragma unroll
     for (int step = 0; step < width / 16; ++step) {
-      multiply<T>(s, operand(omega + 2 * step), operand(k + 2 * step), step > 0);
+      multiply<T>(s, further(of_omega, 32 * step), further(of_k, 32 * step), step > 0);
     }
     products_end();
 #pragma unroll
     for (int step = 0; step < width / 16; ++step) {
-      multiply<T>(p, operand(q + 2 * step), operand(omega + 2 * step), step > 0);
+      multiply<T>(p, further(of_q, 32 * step), further(of_omega, 32 * step), step > 0);
     }
     products_end();
     products_wait<1>(s);
@@ -333,7 +374,7 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
     products_begin();
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(kv, weights[n], operand(v + n * 16 * pieces), true);
+      multiply<T, Inner::b>(kv, weights[n], further(of_v, n * 16 * row_bytes), true);
     }
     products_end();
 
@@ -347,18 +388,18 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
     const float2* pairs = reinterpret_cast<const float2*>(sums) + t;
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
-      const float2 of_state = pairs[n / 2 * 4];
+      const float2 z_pair = pairs[n / 2 * 4];
       queries[n / 4][n % 4] =
           pack<T>(exp2_approximate(p[2 * n] - top[n % 2]), exp2_approximate(p[2 * n + 1] - top[n % 2]));
       float x[2];  // as rounded, so that what a row's weights add up to is what they are divided by
       widen<T, 2>(x, {queries[n / 4][n % 4]});
-      total[n % 2] = fmaf(x[0], of_state.x, fmaf(x[1], of_state.y, total[n % 2]));
+      total[n % 2] = fmaf(x[0], z_pair.x, fmaf(x[1], z_pair.y, total[n % 2]));
     }
     float a[32];  // queries x keys
     products_begin();
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(a, queries[n], operand(keys + n * 16 * pieces), n > 0);
+      multiply<T, Inner::b>(a, queries[n], further(of_keys, n * 16 * row_bytes), n > 0);
     }
     products_end();
     products_wait(a);
@@ -375,11 +416,11 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
     products_begin();
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(y, queries[n], operand(state + n * 16 * pieces), n > 0);
+      multiply<T, Inner::b>(y, queries[n], further(of_state, n * 16 * row_bytes), n > 0);
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(y, weights[n], operand(v + n * 16 * pieces), true);
+      multiply<T, Inner::b>(y, weights[n], further(of_v, n * 16 * row_bytes), true);
     }
     products_end();
     total[0] = sum_of_four(total[0]);
@@ -416,41 +457,44 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   const Memory<Of> memory(bytes);
   const int query = static_cast<uint32_t>(this_block()) / static_cast<uint32_t>(args.key_blocks);
   const int share = this_block() - query * args.key_blocks, feature = threadIdx.x / 128 * 64 + first_row();
-  Tile tile(args, share), ahead = tile;
-  const Tile end(args, share + 1);
-  start_copy<Of>(args, ahead, query, memory.stages);
-  fill_omega<Of>(args, tile.h, memory.omega);
+  Tile tile = begin_of(args, share);
+  const Tile end = begin_of(args, share + 1);
+  const int of_head = max((args.L + Of::rows - 1) / Of::rows, 1);
+  const int count = (end.head - tile.head) * of_head + (end.first - tile.first) / Of::rows;
+  Copies<Of, T> copies(args, tile, query);
+  uint32_t inside = copies.start(args, memory.stages);
+  fill_omega<Of>(args, tile.key_head(args), memory.omega);
   copies_end();
   wait_for_previous();
   float kv[32], z[2], c[2], bias[2];
-  for (int i = 0; tile.is_before(end); ++i) {
+  for (int i = 0; i < count; ++i) {
     if (i == 0 || tile.first == 0) {
-      bias[0] = feature_bias(args, tile.h, feature);
-      bias[1] = feature_bias(args, tile.h, feature + 8);
+      bias[0] = feature_bias(args, tile.key_head(args), feature);
+      bias[1] = feature_bias(args, tile.key_head(args), feature + 8);
       load_state<Of::M>(args, tile, share, feature, bias, kv, z, c);
     }
-    const uint4* stage = memory.stages + i % Of::stages * Of::stage;
+    uint4* stage = memory.stages + i % Of::stages * Of::stage;
     copies_wait<0>();
-    fill_key_bias<Of>(args, tile, stage + Of::matrix, memory.key_bias);
+    fill_key_bias<Of>(args, stage + Of::matrix, inside, memory.key_bias);
     copies_visible();
     __syncthreads();  // this tile is there, and everyone has left the one before
-    if (i > 0 && tile.first == 0 && args.omega_h != 0) {
-      fill_omega<Of>(args, tile.h, memory.omega);
+    if (args.omega_h != 0 && i > 0 && tile.first == 0) {
+      fill_omega<Of>(args, tile.key_head(args), memory.omega);
       copies_end();
       copies_wait<0>();
       copies_visible();
       __syncthreads();
     }
-    ahead.next(args);
-    if (ahead.is_before(end)) {
-      start_copy<Of>(args, ahead, query, memory.stages + (i + 1) % Of::stages * Of::stage);
+    if (i + 1 < count) {
+      copies.next(args, query);
+      inside = copies.start(args, memory.stages + (i + 1) % Of::stages * Of::stage);
     }
     copies_end();
     walk<Of>(args, memory, tile, query, stage, bias, kv, z, c);
-    if (tile.is_last(args) && query == 0) {
+    if (query == 0 && tile.is_last(args)) {
       store_state<Of::M>(args, tile, feature, bias, kv, z, c);
     }
-    tile = ahead;
+    tile = copies.tile;
   }
 #endif
 }
