@@ -105,9 +105,13 @@ __device__ __forceinline__ uint64_t operand(const void* p, uint32_t slab = 16) {
   return address / 16 | static_cast<uint64_t>(slab / 16) << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
 
-// The operand that lies `bytes` further.
+// The operand that lies `bytes` further: no carry leaves the address, and the compiler is not to make room for one.
 __device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
-  return operand + bytes / 16;
+  uint64_t y;
+  asm("mov.b64 %0, {%1, %2};"
+      : "=l"(y)
+      : "r"(static_cast<uint32_t>(operand) + bytes / 16), "r"(static_cast<uint32_t>(operand >> 32)));
+  return y;
 }
 
 // Before the first product, and where other instructions have written a product's registers.

@@ -276,7 +276,7 @@ __device__ __forceinline__ void store_rows(const Args<T>& args, const Memory<Of>
         y[j] = fmaf(x[j], factor, y[j]);
       }
     }
-    const float inverse = total == 0 ? 0 : 1 / total;  // 0 where there is no key yet
+    const float inverse = total == 0 ? 0 : __fdividef(1, total);  // 0 where there is no key yet
 #pragma unroll
     for (float& value : y) {
       value *= inverse;
@@ -406,8 +406,8 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
     products_wait(kv);
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
-      const int key = n / 2 * 8 + 2 * t, last = row + n % 2 * 8;
-      weights[n / 4][n % 4] = pack<T>(key <= last ? a[2 * n] : 0, key < last ? a[2 * n + 1] : 0);
+      const int key = (n / 2 - n % 2) * 8;  // less the same for all
+      weights[n / 4][n % 4] = pack<T>(key <= row - 2 * t ? a[2 * n] : 0, key < row - 2 * t ? a[2 * n + 1] : 0);
       float x[2];
       widen<T, 2>(x, {weights[n / 4][n % 4]});
       total[n % 2] += x[0] + x[1];

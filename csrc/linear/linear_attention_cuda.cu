@@ -730,8 +730,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   STD_TORCH_CHECK(H == Hk || (Hk > 0 && H % Hk == 0), op, ": H must be a multiple of Hk");
   STD_TORCH_CHECK((kind == positive || kind == exp) && omega && eps == 0 && normalize && !cu_seqlens, op,
                   ": the CUDA kernel takes normalised exponential features of a projection");
-  STD_TORCH_CHECK(!causal || (dtype == ScalarType::BFloat16 && S == L), op,
-                  ": causal q must have dtype bfloat16, and as many tokens as k");
+  STD_TORCH_CHECK(!causal || (dtype == ScalarType::BFloat16 && S == L && (H > 0 || Hk == 0)), op,
+                  ": causal q must have dtype bfloat16, a head, and as many tokens as k");
   const int64_t n = omega->dim();
   const bool wide_omega = omega->scalar_type() == ScalarType::Float;
   check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
