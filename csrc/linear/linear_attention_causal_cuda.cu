@@ -248,6 +248,12 @@ __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2]
   return next[0] > seen[0] + reach || next[1] > seen[1] + reach;
 }
 
+// Where 16 bytes of a row of 64 x 64 values in float32 lie, the first or the second of piece u: neither those that a
+// warp stores nor those that it loads share banks.
+__device__ __forceinline__ int part(int row, int u, int second) {
+  return (2 * row + second) * pieces + (u ^ row % 8 ^ 4 * second);
+}
+
 // The rows of all features from those of each warpgroup's.
 template <typename Of, typename T>
 __device__ __forceinline__ void store_rows(const Args<T>& args, const Memory<Of>& memory, const Tile& tile, int query,
@@ -266,9 +272,8 @@ __device__ __forceinline__ void store_rows(const Args<T>& args, const Memory<Of>
     for (int group = 0; group < Of::groups; ++group) {
       const float2 of_row = memory.rows[group * Of::rows + row];
       const float factor = exp2_approximate(of_row.x - top);
-      const float4* from =
-          reinterpret_cast<const float4*>(memory.work + group * Of::work) + (row * pieces + (u ^ row % 8)) * 2;
-      const float4 low = from[0], high = from[1];
+      const float4* from = reinterpret_cast<const float4*>(memory.work + group * Of::work);
+      const float4 low = from[part(row, u, 0)], high = from[part(row, u, 1)];
       const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       total = fmaf(of_row.y, factor, total);
 #pragma unroll
@@ -430,9 +435,9 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
     warpgroup_barrier(group);  // all have left the matrices that the rows now take the place of
     float2* shares = reinterpret_cast<float2*>(keys);
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {  // pieces of 32 bytes, spread over the banks
+    for (int n = 0; n < 16; ++n) {
       const int at = row + n % 2 * 8;
-      shares[at * 32 + (n / 2 ^ at % 8) * 4 + t] = {y[2 * n], y[2 * n + 1]};
+      shares[2 * part(at, n / 2, t / 2) + t % 2] = {y[2 * n], y[2 * n + 1]};
     }
     if (t == 0) {
 #pragma unroll
