@@ -3,8 +3,8 @@
 #include "linear_attention.cuh"
 
 // Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64, with a
-// warpgroup for each 64 features: it keeps their sums over the keys so far in registers, and gives the rows' share of
-// its features, as if they were all there are; the shares, each relative to its own largest exponent, are then added.
+// warpgroup for each 64 features: it keeps their sums over the keys so far in registers, and makes rows as if there
+// were no other features; what the warpgroups have of a row, each relative to its own largest exponent, is then added.
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile is walked in
@@ -15,9 +15,6 @@
 namespace fastrpe {
 namespace linear {
 namespace {
-
-// A row's weights are at least 2^-reach of its largest, of a sum whose small terms may be that much smaller again.
-constexpr float reach = 48;
 
 template <int Features>
 struct Plan {
@@ -223,6 +220,10 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
     }
   }
 }
+
+// How far a maximum may be above what a row sees: the row's sum is at least 2^-reach, and its small terms, products of
+// two weights that may be as much smaller again, are far from what a float32 flushes to 0.
+constexpr float reach = 48;
 
 // Whether the maxima `next` over keys [begin, end) are out of reach for the first row that has a key.
 __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2], const float (&next)[2],
