@@ -32,7 +32,7 @@ def rows() -> list[Any]:
     found = []
     for case in cases("linear_attention", "bench"):
         causal, length = "causal" in case.name, int(case.name.split("-l")[1].split("-")[0])
-        backends = ["triton", "sdpa", "fla"] if causal else ["native", "triton", "sdpa", "eager", "compile"]
+        backends = ["native", "triton", "sdpa", "fla"] if causal else ["native", "triton", "sdpa", "eager", "compile"]
         modes = (*MODES, *(f"{m}-graph" for m in MODES)) if length <= SHORT else MODES
         found += [(case, torch.bfloat16, b, m) for b in backends for m in modes]
     for case in cases("random_features", "bench"):

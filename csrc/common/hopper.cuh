@@ -39,6 +39,19 @@ __device__ __forceinline__ void copies_visible() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
+__device__ __forceinline__ void let_next_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2^x within 2 ulp; tiny results are 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
@@ -90,6 +103,15 @@ __device__ __forceinline__ uint64_t operand(const void* p, uint32_t slab = 16) {
   constexpr uint64_t eight_rows = 1024 / 16, swizzle_128 = 1;
   const uint64_t address = __cvta_generic_to_shared(p);
   return address / 16 | static_cast<uint64_t>(slab / 16) << 16 | eight_rows << 32 | swizzle_128 << 62;
+}
+
+// The operand that lies `bytes` further: no carry leaves the address, and the compiler is not to make room for one.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+  uint64_t y;
+  asm("mov.b64 %0, {%1, %2};"
+      : "=l"(y)
+      : "r"(static_cast<uint32_t>(operand) + bytes / 16), "r"(static_cast<uint32_t>(operand >> 32)));
+  return y;
 }
 
 // Before the first product, and where other instructions have written a product's registers.

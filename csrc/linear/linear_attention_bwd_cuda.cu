@@ -73,19 +73,6 @@ struct Layout {
   static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
 };
 
-// A kernel may begin while the one before it on the stream ends: where it waits, all of that one is done and visible.
-__device__ __forceinline__ void let_next_begin() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr float log2e = 1.4426950408889634f;

@@ -4,8 +4,7 @@
 
 #include <algorithm>
 
-#include "../common/cuda.cuh"
-#include "../common/hopper.cuh"
+#include "linear_attention.cuh"
 #include "linear_attention_cuda.h"
 
 // Attention of exponential features on Hopper's tensor cores: softmax attention twice. Features attend over keys,
@@ -13,50 +12,13 @@
 // queries attend over features, 64 rows to a warpgroup, with the mean value of each feature and the logarithm of its
 // weight.
 //
-// One kernel does both where there are heads enough for all multiprocessors, a block for each. Fewer heads take three
-// kernels, with the sums of each block's share of the keys in global memory. Exponents are in base 2.
+// Three kernels, each of which may begin while the one before it ends: one for the keys of all heads, as many tiles to
+// a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one for
+// the queries of all heads, divided in the same way. Short heads take one kernel with a block for each.
+// Exponents are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {
-
-constexpr float log2e = 1.4426950408889634f, ln2 = 0.6931471805599453f;
-constexpr float empty = -1e20f;   // the maximum of no exponent at all
-constexpr float masked = -1e30f;  // the exponent of a key that takes no part: no infinity to subtract
-
-constexpr int width = 64;          // D and V
-constexpr int pieces = width / 8;  // of 16 bytes, of a row
-
-// Rows of width neighbouring values, each aligned to 16 bytes.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t b, h, l;  // strides
-
-  __device__ __forceinline__ const T* at(int64_t i_b, int64_t i_h) const {
-    return data + i_b * b + i_h * h;
-  }
-};
-
-template <typename T>
-struct Args {
-  Rows<T> q, k, v;
-  const void* omega;  // (M, D) or (Hk, M, D), of T or float
-  const float* bias;  // (M,) or (Hk, M), or null
-  const bool* mask;   // (B, S), or null
-  T* out;             // (B, H, L, V)
-  float *kv, *z, *log_scale;
-  // With kernels of their own for keys and queries: the sums of each share of the keys, logarithms to base 2, and what
-  // queries read, the means' columns in the order of the product.
-  float *part_kv, *part_z, *part_c;  // (B Hk, share, M, V), (B Hk, share, M)
-  T* means;                          // (B Hk, M, V)
-  float* exponents;                  // (B Hk, M)
-  float scale, norm;                 // what turns projections and squared norms into exponents
-  int Hk, queries, L, S;             // H is Hk times queries
-  int row_tiles;                     // of L
-  int heads, share;                  // B Hk; the blocks of each
-  int omega_h, bias_h;
-  bool wide_omega;
-};
 
 enum class Pass { both, keys, queries };
 
@@ -68,98 +30,107 @@ struct Range {
   static constexpr float limit = std::is_same_v<T, Half> ? 15.f : 8.f;
 };
 
-// Shared memory in units of 16 bytes; rows of 128 bytes are swizzled.
-template <int M>
+// Teams of warpgroups take a head's tiles of keys by turns, and add their sums. Shared memory is in units of 16 bytes;
+// rows of 128 bytes are swizzled.
+template <Pass Kernel, int Features>
 struct Plan {
-  static constexpr int groups = M / 64;  // warpgroups
-  static constexpr int threads = 128 * groups;
-  static constexpr int blocks = 4 / groups;  // of a multiprocessor
-  static constexpr int keys = M == 64 ? 64 : 128;
-  static constexpr int features = M * pieces;  // of a matrix of M rows
+  static constexpr Pass pass = Kernel;
+  static constexpr int M = Features;
+  static constexpr int teams = pass == Pass::both && M == 64 ? 2 : 1;
+  static constexpr int team_threads = 2 * M;  // a warpgroup for each 64 features
+  static constexpr int threads = teams * team_threads;
+  static constexpr int groups = threads / 128;  // warpgroups
+  static constexpr int blocks = 4 / groups;     // of a multiprocessor
+  static constexpr int features = M * pieces;   // of a matrix of M rows
+  static constexpr int matrices = pass == Pass::both ? 2 : pass == Pass::keys ? 1 : 3;
+  static constexpr int keys = M == 64 ? 64 : 128;  // of a tile
   static constexpr int stage = 2 * keys * pieces;
-  static constexpr int stages = M == 256 ? 4 : 2;
-  static constexpr int pool = stages * stage;
-  static constexpr int exchange = M * width / 4;  // sums in float32, at the beginning of the pool
-  static constexpr int rows = 64;                 // queries of a tile
-  static constexpr size_t bytes = 16 * (2 * features + pool) + sizeof(float) * (3 * M + keys);
-  static_assert(pool == exchange + groups * 2 * rows * pieces);
+  static constexpr int stages = pass == Pass::both || M == 64 ? 2 : M == 128 ? 3 : 6;  // of a team
+  static constexpr int rows = 64;                                                      // queries of a tile
+  static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;                // tiles of a warpgroup
+  static constexpr int rings = groups * ring * rows * pieces;
+  static constexpr int pool = pass == Pass::queries ? rings : teams * stages * stage;
+  static constexpr int exchange = teams * M * width / 4;  // sums in float32, at the beginning of the pool
+  static constexpr int floats = pass == Pass::both   ? (3 + 2 * teams) * M + teams * keys
+                                : pass == Pass::keys ? keys
+                                                     : 2 * M;
+  static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
+  static_assert(pass != Pass::both || pool == exchange + rings);
+  static_assert(blocks * (bytes + 1024) <= 228 * 1024);
+
+  static __device__ __forceinline__ int team() {
+    return teams == 1 ? 0 : threadIdx.x / team_threads;
+  }
+
+  static __device__ __forceinline__ int member() {
+    return teams == 1 ? threadIdx.x : threadIdx.x % team_threads;
+  }
 };
 
-template <int M>
+// With a kernel of their own, queries have two sets of means and exponents, of neighbouring heads.
+template <typename Of>
 struct Memory {
   uint4 *omega, *means, *pool;
-  float *exponents, *z, *c, *key_bias;
+  float *exponents, *z, *c;
+  float2* all;  // z and c of all keys
+  float* key_bias;
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
-        means(omega + Plan<M>::features),
-        pool(means + Plan<M>::features),
-        exponents(reinterpret_cast<float*>(pool + Plan<M>::pool)),
-        z(exponents + M),
-        c(z + M),
-        key_bias(c + M) {}
+        means(omega + Of::features),
+        pool(omega + Of::matrices * Of::features),
+        exponents(reinterpret_cast<float*>(pool + Of::pool)),
+        z(exponents + Of::M),
+        c(z + Of::teams * Of::M),
+        all(reinterpret_cast<float2*>(c + Of::teams * Of::M)),
+        key_bias(Of::pass == Pass::keys ? exponents : reinterpret_cast<float*>(all + Of::M)) {}
+
+  __device__ __forceinline__ uint4* means_of(int head) const {
+    return means + (Of::pass == Pass::queries ? head % 2 * Of::features : 0);
+  }
+
+  __device__ __forceinline__ float* exponents_of(int head) const {
+    return exponents + (Of::pass == Pass::queries ? head % 2 * Of::M : 0);
+  }
 };
 
-// Where the 16 bytes number u of a row lie, as the tensor cores read them.
-__device__ __forceinline__ int piece(int row, int u) {
-  return row * pieces + (u ^ row % 8);
-}
-
-// Where a block stands. Read again when it is needed again, since registers are scarce in between.
+// A place among the tiles of all heads, and how many from there on are this block's.
 struct Place {
-  int rank, b, h;
+  int head, b, h, tile, count;
 
   template <typename T>
-  __device__ __forceinline__ explicit Place(const Args<T>& args) {
-    uint32_t block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    const uint32_t item = block / static_cast<uint32_t>(args.share);
-    rank = block - item * args.share;
-    b = item / static_cast<uint32_t>(args.Hk);
-    h = item - b * args.Hk;
+  __device__ __forceinline__ Place(const Args<T>& args, int head) : head(head), tile(0), count(0) {
+    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
+    h = head - b * args.Hk;
+  }
+
+  // An equal share of all tiles, of which a head has `tiles`.
+  template <typename T>
+  static __device__ __forceinline__ Place share(const Args<T>& args, int tiles) {
+    const int64_t all = static_cast<int64_t>(args.heads) * tiles;
+    const int block = this_block();
+    const int first = static_cast<int>(all * block / gridDim.x);
+    Place place(args, static_cast<uint32_t>(first) / static_cast<uint32_t>(tiles));
+    place.tile = first - place.head * tiles;
+    place.count = static_cast<int>(all * (block + 1) / gridDim.x) - first;
+    return place;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void next_head(const Args<T>& args) {
+    ++head;
+    if (++h == args.Hk) {
+      h = 0;
+      ++b;
+    }
   }
 };
 
-template <typename T>
-__device__ __forceinline__ bool takes_part(const Args<T>& args, int b, int key) {
-  return key < args.S && (args.mask == nullptr || args.mask[static_cast<int64_t>(b) * args.S + key]);
-}
-
-// Starts to copy rows [first, first + Count), zero where they are not inside.
-template <int Threads, int Count, typename T, typename Inside>
-__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, uint4* to, Inside&& inside) {
-  constexpr int step = Threads / pieces;
-  const int i = threadIdx.x % Threads / pieces, u = threadIdx.x % pieces;
-  const T* from = rows + (first + i) * stride + u * 8;
-  to += piece(i, u);  // a step of 8 rows keeps the swizzle
-#pragma unroll
-  for (int n = 0; n < Count; n += step) {
-    copy_async<16>(to + n * pieces, from, inside(first + n + i));
-    from += step * stride;
-  }
-}
-
-template <typename T, int M>
-__device__ __forceinline__ void fill_omega(const Args<T>& args, int h, uint4* to) {
-  const int64_t start = static_cast<int64_t>(h) * args.omega_h;
-#pragma unroll
-  for (int n = threadIdx.x; n < Plan<M>::features; n += Plan<M>::threads) {
-    const int row = n / pieces, u = n % pieces;
-    if (args.wide_omega) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
-      const float4 x = from[0], y = from[1];
-      to[piece(row, u)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
-    } else {
-      copy_async<16>(to + piece(row, u), static_cast<const T*>(args.omega) + start + n * 8, true);
-    }
-  }
-}
-
 // The exponents that a tile of keys adds to its projections.
-template <typename T, int M>
+template <typename Of, typename T>
 __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
-  constexpr int parts = Plan<M>::threads / Plan<M>::keys, keys = 32 / parts;  // of a key; of a warp
-  const int key = threadIdx.x / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
+  constexpr int parts = Of::team_threads / Of::keys, keys = 32 / parts;  // of a key; of a warp
+  const int key = Of::member() / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
   float sum = 0;
   if (args.norm != 0) {
 #pragma unroll
@@ -181,17 +152,12 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
-  return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
-}
-
 // Of piece u of a row of the product a thread holds pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the
 // values.
-template <typename T, int M>
-__device__ __forceinline__ void store_state(const Args<T>& args, int b, int h, int row, int u, const float2 (&kv)[4],
-                                            float z, float c) {
-  const int64_t feature = (static_cast<int64_t>(b) * args.Hk + h) * M + row;
+template <int M, typename T>
+__device__ __forceinline__ void store_state(const Args<T>& args, const Place& place, int row, int u,
+                                            const float2 (&kv)[4], float z, float c) {
+  const int64_t feature = static_cast<int64_t>(place.head) * M + row;
   float* to = args.kv + feature * width + u / 4 * 32 + u % 4 * 2;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
@@ -199,7 +165,7 @@ __device__ __forceinline__ void store_state(const Args<T>& args, int b, int h, i
   }
   if (u == 0) {
     args.z[feature] = z;
-    args.log_scale[feature] = (c + feature_bias(args, h, row)) * ln2;
+    args.log_scale[feature] = (c + feature_bias(args, place.h, row)) * ln2;
   }
 }
 
@@ -228,17 +194,6 @@ __device__ __forceinline__ void swap_if(bool condition, float2& a, float2& b) {
   b = condition ? first : b;
 }
 
-// The largest and the sum of a row, which four neighbouring threads hold.
-__device__ __forceinline__ float largest_of_four(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float sum_of_four(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // c (64 rows x 2 R) = a b^T over the width.
 template <typename T, int R>
 __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uint4* b) {
@@ -248,23 +203,6 @@ __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uin
     multiply<T>(c, operand(a + 2 * step), operand(b + 2 * step), step > 0);
   }
   products_end();
-}
-
-// s scaled, with the exponents of its columns; the largest of this thread's two rows.
-template <int R>
-__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
-  const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < R / 4; ++j) {
-    const float2 e = pairs[4 * j];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float &x = s[4 * j + 2 * i], &y = s[4 * j + 2 * i + 1];
-      x = fmaf(x, scale, e.x);
-      y = fmaf(y, scale, e.y);
-      top[i] = fmaxf(top[i], fmaxf(x, y));
-    }
-  }
 }
 
 // sums += 2^(s - top) values, and the sums of the weights; `values` has a row for each column of s.
@@ -300,32 +238,62 @@ __device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], co
   total[1] *= factor[1];
 }
 
-// The sums of this block's share of a head's keys over a warpgroup's 64 features, relative to 2^c. `last` is called
-// when the pool but for the first stages is free.
-template <typename T, int M, typename Last>
-__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& memory, const Place& place,
-                                         float (&kv)[32], float (&z)[2], float (&c)[2], Last&& last) {
-  using Of = Plan<M>;
-  const int64_t all = (args.S + Of::keys - 1) / Of::keys;
-  const int start = static_cast<int>(all * place.rank / args.share);
-  const int tiles = static_cast<int>(all * (place.rank + 1) / args.share) - start;
-  const int b = place.b;
-  const T *k = args.k.at(b, place.h), *v = args.v.at(b, place.h);
+// A thread's share of the sums over a head's keys, to this block's slot.
+template <typename Of, typename T>
+__device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
+                                           const float (&c)[2]) {
+  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = (static_cast<int64_t>(this_block()) + head) * Of::M + feature + 8 * i;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
+                                                                                kv[4 * j + 2 * i + 1]};
+    }
+    const float sum = sum_of_four(z[i]);
+    if (t == 0) {
+      args.part_z[row] = sum;
+      args.part_c[row] = c[i];
+    }
+  }
+}
+
+// The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
+// they are a team's, and `last` is called when the pool but for the team's first stage is free; otherwise a head's sums
+// are stored where they end.
+template <typename Of, typename T, typename Last>
+__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, float (&kv)[32], float (&z)[2],
+                                         float (&c)[2], Last&& last) {
+  constexpr int step = Of::teams * Of::keys;
+  Place at = Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.key_tiles);
+  if constexpr (Of::pass == Pass::both) {
+    at.tile = Of::team();
+    at.count = (args.key_tiles - at.tile + Of::teams - 1) / Of::teams;
+  }
+  const int count = at.count;
+  int head = at.head, first = at.tile * Of::keys, next = first;  // keys
   // The last tile lies in the first stage.
-  const auto stage_of = [&](int i) { return memory.pool + (tiles - 1 - i) % Of::stages * Of::stage; };
+  const auto stage_of = [&](int i) {
+    return memory.pool + ((count - 1 - i) % Of::stages * Of::teams + Of::team()) * Of::stage;
+  };
   const auto start_copy = [&](int i) {
-    if (i < tiles) {
+    if (i < count) {
       uint4* stage = stage_of(i);
-      const int first = (start + i) * Of::keys;
-      const auto inside = [&](int key) { return takes_part(args, b, key); };
-      fetch<Of::threads, Of::keys>(k, args.k.l, first, stage, inside);
-      fetch<Of::threads, Of::keys>(v, args.v.l, first, stage + Of::stage / 2, inside);
+      const auto inside = [&](int key) { return takes_part(args, at.b, key); };
+      fetch<Of::team_threads, Of::keys>(args.k.at(at.b, at.h), args.k.l, next, stage, inside);
+      fetch<Of::team_threads, Of::keys>(args.v.at(at.b, at.h), args.v.l, next, stage + Of::stage / 2, inside);
+      next += step;
+      if (Of::pass == Pass::keys && next >= args.S) {
+        next = 0;
+        at.next_head(args);
+      }
     }
   };
   start_copy(0);
-  fill_omega<T, M>(args, place.h, memory.omega);
+  fill_omega<Of>(args, Of::pass == Pass::both ? at.h : head % args.Hk, memory.omega);
   copies_end();
-  for (int i = 1; i < Of::stages - 1; ++i) {
+  for (int i = 1; i < Of::stages; ++i) {
     start_copy(i);
     copies_end();
   }
@@ -333,23 +301,48 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& m
   for (float& x : kv) {
     x = 0;
   }
-  for (int i = 0; i < tiles; ++i) {
+  for (int i = 0; i < count; ++i) {
     const uint4* stage = stage_of(i);
-    copies_wait<Of::stages - 2>();
+    if (i == 0) {
+      copies_wait<Of::stages - 1>();
+    } else {
+      copies_wait<Of::stages - 2>();
+    }
     copies_visible();
-    __syncthreads();  // this stage is there, and everyone has left the one before
-    start_copy(i + Of::stages - 1);
-    copies_end();
-    if (i == tiles - 1) {
+    // This stage is there, and everyone has left the one before.
+    if (Of::teams == 1 || i == 0) {
+      __syncthreads();
+    } else {
+      warpgroup_sync();
+    }
+    if constexpr (Of::pass == Pass::keys) {
+      if (args.omega_h != 0 && first == 0 && i > 0) {
+        fill_omega<Of>(args, head % args.Hk, memory.omega);
+        copies_end();
+        copies_wait<0>();
+        copies_visible();
+        __syncthreads();
+      }
+    }
+    if (i > 0) {
+      start_copy(i - 1 + Of::stages);
+      copies_end();
+    }
+    if (i == count - 1) {
       last();
     }
     float s[Of::keys / 2];
-    project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
-    fill_key_bias<T, M>(args, stage, b, (start + i) * Of::keys, memory.key_bias);
-    __syncthreads();
+    float* key_bias = memory.key_bias + Of::team() * Of::keys;
+    project<T>(s, memory.omega + Of::member() / 128 * 64 * pieces, stage);
+    fill_key_bias<Of>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first, key_bias);
+    if constexpr (Of::teams == 1) {
+      __syncthreads();
+    } else {
+      warpgroup_sync();
+    }
     products_wait(s);
     float top[2] = {masked, masked};
-    add_exponents(s, args.scale, memory.key_bias, top);
+    add_exponents(s, args.scale, key_bias, top);
     top[0] = largest_of_four(top[0]);
     top[1] = largest_of_four(top[1]);
     if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
@@ -363,23 +356,40 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<M>& m
       rescale(kv, z, factor);
     }
     add_values<T>(kv, z, s, c, stage + Of::stage / 2);
+    first += step;
+    if constexpr (Of::pass == Pass::keys) {
+      if (first >= args.S || i == count - 1) {
+        store_part<Of>(args, head, kv, z, c);
+        ++head;
+        first = 0;
+        c[0] = c[1] = empty;
+        z[0] = z[1] = 0;
+#pragma unroll
+        for (float& x : kv) {
+          x = 0;
+        }
+      }
+    }
   }
-  if (tiles == 0) {
-    copies_wait<0>();
-    copies_visible();
-    last();
+  if constexpr (Of::pass == Pass::both) {
+    if (count == 0) {
+      copies_wait<0>();
+      copies_visible();
+      __syncthreads();
+      last();
+    }
+    z[0] = sum_of_four(z[0]);
+    z[1] = sum_of_four(z[1]);
   }
-  z[0] = sum_of_four(z[0]);
-  z[1] = sum_of_four(z[1]);
 }
 
-// From the sums of all keys, in the warpgroups' registers: the state, and what queries read.
-template <typename T, int M>
-__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<M>& memory, const float (&kv)[32],
-                                           const float (&z)[2], const float (&c)[2]) {
-  using Of = Plan<M>;
+// Adds the teams' sums, in shared memory.
+template <typename Of, typename T>
+__device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<Of>& memory, const float (&kv)[32],
+                                              const float (&z)[2], const float (&c)[2]) {
+  constexpr int M = Of::M;
   float* sums = reinterpret_cast<float*>(memory.pool);
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + g;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + g;  // of all teams
   __syncthreads();  // everyone has left the last stage
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -394,112 +404,189 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<M>&
     }
   }
   __syncthreads();
-  const Place place(args);
+  const Place place(args, this_block());
   for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
     const int row = n / pieces, u = n % pieces;
-    const float4* from = reinterpret_cast<const float4*>(sums + row * width + u * 8);
-    const float4 x = from[0], y = from[1];
-    float2 sum[4] = {{x.x, x.y}, {x.z, x.w}, {y.x, y.y}, {y.z, y.w}};
+    float all_c = empty, all_z = 0;
+#pragma unroll
+    for (int team = 0; team < Of::teams; ++team) {
+      all_c = fmaxf(all_c, memory.c[team * M + row]);
+    }
+    float2 sum[4] = {};
+    float* from = sums + row * width + u * 8;
+#pragma unroll
+    for (int team = 0; team < Of::teams; ++team) {
+      const float factor = exp2_approximate(memory.c[team * M + row] - all_c);
+      const float4* parts = reinterpret_cast<const float4*>(from + team * M * width);
+      const float4 x = parts[0], y = parts[1];
+      all_z = fmaf(memory.z[team * M + row], factor, all_z);
+      add(sum[0], x.x, x.y, factor);
+      add(sum[1], x.z, x.w, factor);
+      add(sum[2], y.x, y.y, factor);
+      add(sum[3], y.z, y.w, factor);
+    }
     swap_if(row & 1, sum[0], sum[1]);
     swap_if(row & 1, sum[2], sum[3]);
     swap_if(row & 2, sum[0], sum[2]);
     swap_if(row & 2, sum[1], sum[3]);
-    const float all_z = memory.z[row], all_c = memory.c[row];
     memory.means[piece(row, u)] = mean_value<T>(sum, all_z);
+    // The state waits here, where nobody else looks: the barrier would wait for its way to global memory.
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      reinterpret_cast<float2*>(from)[p] = sum[p];
+    }
     if (u == 0) {
       memory.exponents[row] = query_exponent(args, place.h, row, all_z, all_c);
+      memory.all[row] = {all_z, all_c};
     }
-    store_state<T, M>(args, place.b, place.h, row, u, sum, all_z, all_c);
   }
   copies_visible();
   __syncthreads();
+  for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
+    const int row = n / pieces, u = n % pieces;
+    const float2* kept = reinterpret_cast<const float2*>(sums + row * width + u * 8);
+    const float2 kv[4] = {kept[0], kept[1], kept[2], kept[3]}, all = memory.all[row];
+    store_state<M>(args, place, row, u, kv, all.x, all.y);
+  }
 }
 
-// The tiles of queries of a warpgroup; a ring of `Ring` of them in shared memory.
-template <typename T, int M, int Ring>
+// This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
+template <typename Of, typename T>
 struct Queries {
-  using Of = Plan<M>;
   const Args<T>& args;
   uint4* ring;
-  int b, h, first, step, count;
+  int head, step, count;  // where the products are
+  Place at;               // where the copies are
 
-  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings) : args(args) {
-    const Place place(args);
-    const int group = threadIdx.x / 128;
-    b = place.b;
-    h = place.h * args.queries;
-    ring = rings + group * Ring * Of::rows * pieces;
-    first = place.rank * Of::groups + group;
-    step = args.share * Of::groups;
-    count = max(0, (args.queries * args.row_tiles - first + step - 1) / step);
+  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings, int started = 0)
+      : args(args),
+        ring(rings + threadIdx.x / 128 * Of::ring * Of::rows * pieces),
+        at(Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)) {
+    head = at.head;
+    step = at.tile;
+    at.tile += started;
+    count = Of::pass == Pass::both ? args.query_steps : at.count;
   }
 
-  __device__ __forceinline__ void start_copy(int n) const {
+  // Copies come in order.
+  __device__ __forceinline__ void start_copy(int n) {
     if (n < count) {
-      const int tile = first + n * step, head = tile / args.row_tiles;
-      fetch<128, Of::rows>(args.q.at(b, h + head), args.q.l, (tile - head * args.row_tiles) * Of::rows,
-                           ring + n % Ring * Of::rows * pieces, [&](int row) { return row < args.L; });
+      const int tile = at.tile * Of::groups + threadIdx.x / 128, head = tile / args.row_tiles;
+      if (head < args.queries) {
+        fetch<128, Of::rows>(args.q.at(at.b, at.h * args.queries + head), args.q.l,
+                             (tile - head * args.row_tiles) * Of::rows, ring + n % Of::ring * Of::rows * pieces,
+                             [&](int row) { return row < args.L; });
+      }
+      ++at.tile;
+      if (Of::pass == Pass::queries && at.tile == args.query_steps) {
+        at.tile = 0;
+        at.next_head(args);
+      }
     }
   }
 
-  // Other copies go with those of the first tile.
-  template <typename Others>
-  __device__ __forceinline__ void start(Others&& others) const {
-    start_copy(0);
-    others();
-    copies_end();
-    for (int n = 1; n < Ring; ++n) {
+  __device__ __forceinline__ void start_copies(int from, int to) {
+    for (int n = from; n < to; ++n) {
       start_copy(n);
       copies_end();
     }
   }
 
-  __device__ __forceinline__ void run(const Memory<M>& memory) const {
-    constexpr int part = M < 128 ? M : 128;  // features at a time
+  __device__ __forceinline__ void start_means(const Memory<Of>& memory, int head) const {
+    const T* from = args.means + static_cast<int64_t>(head) * Of::M * width;
+    uint4* to = memory.means_of(head);
+#pragma unroll
+    for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
+      copy_async<16>(to + piece(n / pieces, n % pieces), from + n * 8, true);
+    }
+    if (threadIdx.x < Of::M) {
+      copy_async<4>(memory.exponents_of(head) + threadIdx.x,
+                    args.exponents + static_cast<int64_t>(head) * Of::M + threadIdx.x, true);
+    }
+  }
+
+  __device__ __forceinline__ void run(const Memory<Of>& memory) {
+    constexpr int part = Of::M < 128 ? Of::M : 128;  // features at a time
     for (int n = 0; n < count; ++n) {
-      if (n == 0) {
-        copies_wait<Ring - 1>();
+      if constexpr (Of::pass == Pass::both) {
+        if (n == 0) {
+          copies_wait<Of::ring - 1>();
+        } else {
+          copies_wait<Of::ring - 2>();
+        }
+      } else if (n == 0) {
+        copies_wait<Of::ring - 2>();
+      } else if (step == 0) {  // the next tile's alone may be under way
+        copies_wait<1>();
       } else {
-        copies_wait<Ring - 2>();
+        copies_wait<2 * (Of::ring - 2) - 1>();  // two groups for each tile
       }
       copies_visible();
-      warpgroup_barrier(threadIdx.x / 128);
-      if (n > 0) {
-        start_copy(n - 1 + Ring);
+      if (Of::pass == Pass::queries && (n == 0 || step == 0)) {
+        __syncthreads();  // the head's means are there, and everyone has left those of the head before
+        if (args.omega_h != 0 && n > 0) {
+          fill_omega<Of>(args, head % args.Hk, memory.omega);
+          copies_end();
+          copies_wait<0>();
+          copies_visible();
+          __syncthreads();
+        }
+      } else {
+        warpgroup_barrier(threadIdx.x / 128);
+      }
+      if constexpr (Of::pass == Pass::queries) {
+        if (step == args.query_steps - 1 && n < count - 1) {
+          start_means(memory, head + 1);
+        }
         copies_end();
       }
-      float sums[32] = {}, total[2] = {0, 0}, top[2] = {masked, masked};
-#pragma unroll 1
-      for (int from = 0; from < M; from += part) {
-        float s[part / 2];
-        project<T>(s, ring + n % Ring * Of::rows * pieces, memory.omega + from * pieces);
-        products_wait(s);
-        const float old[2] = {top[0], top[1]};
-        add_exponents(s, args.scale, memory.exponents + from, top);
-        top[0] = largest_of_four(top[0]);
-        top[1] = largest_of_four(top[1]);
-        if constexpr (part < M) {
-          rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
-        }
-        add_values<T>(sums, total, s, top, memory.means + from * pieces);
+      if (n > 0) {
+        start_copy(n - 1 + Of::ring);
       }
-      const int tile = first + n * step, head = tile / args.row_tiles, t = threadIdx.x % 4;
-      const int row = (tile - head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-      const int64_t row_of_all = (static_cast<int64_t>(b) * args.Hk * args.queries + h + head) * args.L + row;
-      T* y = args.out + row_of_all * width + t * 8;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float inverse = 1 / sum_of_four(total[i]);
-        float low[8], high[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          low[j] = sums[j / 2 * 4 + 2 * i + j % 2] * inverse;
-          high[j] = sums[16 + j / 2 * 4 + 2 * i + j % 2] * inverse;
+      copies_end();
+      const int tile = step * Of::groups + threadIdx.x / 128;
+      if (tile < args.queries * args.row_tiles) {
+        const uint4* means = memory.means_of(head);
+        const float* exponents = memory.exponents_of(head);
+        float sums[32] = {}, total[2] = {0, 0}, top[2] = {masked, masked};
+#pragma unroll 1
+        for (int from = 0; from < Of::M; from += part) {
+          float s[part / 2];
+          project<T>(s, ring + n % Of::ring * Of::rows * pieces, memory.omega + from * pieces);
+          products_wait(s);
+          const float old[2] = {top[0], top[1]};
+          add_exponents(s, args.scale, exponents + from, top);
+          top[0] = largest_of_four(top[0]);
+          top[1] = largest_of_four(top[1]);
+          if constexpr (part < Of::M) {
+            rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
+          }
+          add_values<T>(sums, total, s, top, means + from * pieces);
         }
-        if (row + 8 * i < args.L) {
-          store<T, 8>(y + 8 * i * width, narrow<T, 8>(low));
-          store<T, 8>(y + 8 * i * width + 32, narrow<T, 8>(high));
+        const int query_head = tile / args.row_tiles;
+        const int row =
+            (tile - query_head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        T* y = args.out + ((static_cast<int64_t>(head) * args.queries + query_head) * args.L + row) * width +
+               threadIdx.x % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float inverse = 1 / sum_of_four(total[i]);
+          float low[8], high[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            low[j] = sums[j / 2 * 4 + 2 * i + j % 2] * inverse;
+            high[j] = sums[16 + j / 2 * 4 + 2 * i + j % 2] * inverse;
+          }
+          if (row + 8 * i < args.L) {
+            store<T, 8>(y + 8 * i * width, narrow<T, 8>(low));
+            store<T, 8>(y + 8 * i * width + 32, narrow<T, 8>(high));
+          }
         }
+      }
+      ++step;
+      if (Of::pass == Pass::queries && step == args.query_steps) {
+        step = 0;
+        ++head;
       }
     }
   }
@@ -507,107 +594,109 @@ struct Queries {
 
 #endif
 
-template <typename T, int M, Pass Of>
-__global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) linear_attention_kernel(const Args<T> args) {
+template <typename T, typename Of>
+__global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int ring = Of == Pass::both ? 2 : 4;
   extern __shared__ __align__(1024) char bytes[];
-  const Memory<M> memory(bytes);
-  uint4* rings = memory.pool + (Of == Pass::both ? Plan<M>::exchange : 0);
-  const Place place(args);
-  if constexpr (Of == Pass::queries) {
-    const int64_t first = (static_cast<int64_t>(place.b) * args.Hk + place.h) * M;
-    Queries<T, M, ring>(args, rings).start([&] {
-      fill_omega<T, M>(args, place.h, memory.omega);
-      for (int n = threadIdx.x; n < Plan<M>::features; n += Plan<M>::threads) {
-        copy_async<16>(memory.means + piece(n / pieces, n % pieces), args.means + first * width + n * 8, true);
-      }
-      for (int n = threadIdx.x; n < M; n += Plan<M>::threads) {
-        copy_async<4>(memory.exponents + n, args.exponents + first + n, true);
-      }
-    });
-    copies_wait<ring - 1>();
-    copies_visible();
-    __syncthreads();
+  const Memory<Of> memory(bytes);
+  if constexpr (Of::pass == Pass::queries) {
+    Queries<Of, T> queries(args, memory.pool);
+    queries.start_copy(0);
+    fill_omega<Of>(args, queries.head % args.Hk, memory.omega);
+    copies_end();
+    queries.start_copies(1, 2);
+    wait_for_previous();
+    queries.start_means(memory, queries.head);
+    copies_end();
+    queries.start_copies(2, Of::ring);
+    queries.run(memory);
   } else {
     float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
-    sum_keys<T, M>(args, memory, place, kv, z, c, [&] {
-      if constexpr (Of == Pass::both) {
-        Queries<T, M, ring>(args, rings).start([] {});
-      }
-    });
-    if constexpr (Of == Pass::both) {
-      share_sums<T, M>(args, memory, kv, z, c);
+    if constexpr (Of::pass == Pass::keys) {
+      let_next_begin();
+      sum_keys(args, memory, kv, z, c, [] {});
     } else {
-      const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t row = static_cast<int64_t>(blockIdx.x) * M + feature + 8 * i;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
-                                                                                    kv[4 * j + 2 * i + 1]};
-        }
-        if (t == 0) {
-          args.part_z[row] = z[i];
-          args.part_c[row] = c[i];
-        }
-      }
+      uint4* rings = memory.pool + Of::exchange;
+      sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start_copies(0, Of::ring); });
+      exchange_sums(args, memory, kv, z, c);
+      Queries<Of, T>(args, rings, Of::ring).run(memory);
     }
-  }
-  if constexpr (Of != Pass::keys) {
-    Queries<T, M, ring>(args, rings).run(memory);
   }
 #endif
 }
 
-// Adds the sums of all shares of the keys; a thread has a piece of a row.
+// Adds the sums of all blocks that had keys of a head; a thread has a piece of a row.
 template <typename T, int M>
-__global__ void __launch_bounds__(256) add_shares_kernel(const Args<T> args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int item = static_cast<int>(i / Plan<M>::features), row = i / pieces % M, u = i % pieces;
-  const int64_t first = static_cast<int64_t>(item) * args.share * M + row;
+__global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
+  let_next_begin();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
+  const int row = i / pieces % M, u = i % pieces;
+  const Place place(args, static_cast<int>(i / (M * pieces)));
+  // Block n has the tiles from [n T / N] on, of T in all: tile t is block [((t + 1) N - 1) / T]'s.
+  const uint32_t head = place.head, heads = args.heads, blocks = args.key_blocks;
+  const int begin = (head * blocks + (blocks - 1) / args.key_tiles) / heads;
+  const int count = ((head + 1) * blocks - 1) / heads - begin + 1;
+  const int64_t first = (static_cast<int64_t>(place.head) + begin) * M + row;
+  wait_for_previous();
   float c = empty, z = 0;
-#pragma unroll 8
-  for (int n = 0; n < args.share; ++n) {
-    c = fmaxf(c, args.part_c[first + n * M]);
-  }
-  float2 sum[4] = {};
-#pragma unroll 4
-  for (int n = 0; n < args.share; ++n) {
-    const int64_t at = first + n * M;
-    const float factor = exp2_approximate(args.part_c[at] - c);
-    z = fmaf(args.part_z[at], factor, z);
-    const float* from = args.part_kv + at * width + u / 4 * 32 + u % 4 * 2;
+  // Loads that do not wait for one another; a head of medium length has as many slots.
+  constexpr int at_once = 3;
+  for (int n = 0; n < count; n += at_once) {
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      const float2 x = *reinterpret_cast<const float2*>(from + 8 * p);
-      add(sum[p], x.x, x.y, factor);
+    for (int j = 0; j < at_once; ++j) {
+      c = fmaxf(c, n + j < count ? args.part_c[first + (n + j) * M] : empty);
     }
   }
-  const int b = item / args.Hk, h = item % args.Hk;
-  store_state<T, M>(args, b, h, row, u, sum, z, c);
+  float2 sum[4] = {};
+  for (int n = 0; n < count; n += at_once) {
+    float2 x[at_once][4] = {};
+    float part_z[at_once] = {}, part_c[at_once] = {};
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      if (n + j < count) {
+        const int64_t at = first + (n + j) * M;
+        part_z[j] = args.part_z[at];
+        part_c[j] = args.part_c[at];
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          x[j][p] = *reinterpret_cast<const float2*>(args.part_kv + at * width + u / 4 * 32 + u % 4 * 2 + 8 * p);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      const float factor = n + j < count ? exp2_approximate(part_c[j] - c) : 0;
+      z = fmaf(part_z[j], factor, z);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        add(sum[p], x[j][p].x, x[j][p].y, factor);
+      }
+    }
+  }
+  store_state<M>(args, place, row, u, sum, z, c);
   reinterpret_cast<uint4*>(args.means)[i] = mean_value<T>(sum, z);
   if (u == 0) {
-    args.exponents[i / pieces] = query_exponent(args, h, row, z, c);
+    args.exponents[i / pieces] = query_exponent(args, place.h, row, z, c);
   }
 }
 
-// How many blocks share a head's keys, and its queries: all that are resident. Where it is one alone, one launch does
-// it. (Clusters of blocks that exchange their sums through shared memory were slower at every size measured.)
-template <int M>
-int share_of(int64_t heads, int64_t S, int multiprocessors) {
-  const int64_t key_tiles = (S + Plan<M>::keys - 1) / Plan<M>::keys;
-  return static_cast<int>(
-      std::clamp<int64_t>(multiprocessors * Plan<M>::blocks / heads, 1, std::max<int64_t>(key_tiles, 1)));
+// Whether a block for each head takes less time than equal shares of the work and two launches more, which take as long
+// as 12 times 64 x 64 weights on every multiprocessor.
+template <typename Of, typename T>
+bool takes_one_launch(const Args<T>& args, int64_t multiprocessors) {
+  const int64_t tiles = int64_t{ceil_div(args.key_tiles, Of::teams)} * (Of::teams * Of::keys / 64) +
+                        int64_t{args.query_steps} * Of::groups;
+  const int64_t work = tiles * (Of::M / 64);
+  // A lone block on a multiprocessor with room for two is slower than half of two.
+  const int64_t twice = std::max(2 * ceil_div(args.heads, multiprocessors), Of::blocks > 1 ? 3 : 2);
+  return twice * work * multiprocessors <= 2 * (args.heads * work + 12 * multiprocessors);
 }
 
-template <typename T, int M, Pass Of>
-void launch(const Args<T>& args, cudaStream_t stream) {
-  const auto kernel = linear_attention_kernel<T, M, Of>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan<M>::bytes));
-  kernel<<<args.heads * args.share, Plan<M>::threads, Plan<M>::bytes, stream>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+template <typename Of, typename T>
+void launch(const Args<T>& args, int64_t blocks, int device, cudaStream_t stream) {
+  const auto kernel = linear_attention_kernel<T, Of>;
+  allow_memory<Of>(kernel, device);
+  launch(kernel, blocks, Of::threads, Of::bytes, stream, Of::pass == Pass::queries, args);
 }
 
 template <typename T>
@@ -639,9 +728,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hk && v.size(2) == S, op,
                   ": k and v must have the B of q, and the same heads and tokens");
   STD_TORCH_CHECK(H == Hk || (Hk > 0 && H % Hk == 0), op, ": H must be a multiple of Hk");
-  STD_TORCH_CHECK((kind == positive || kind == exp) && omega && !causal && eps == 0 && normalize && !cu_seqlens &&
-                      !kv && !z && !log_scale,
-                  op, ": the CUDA kernel takes normalised, bidirectional, exponential features of a projection");
+  STD_TORCH_CHECK((kind == positive || kind == exp) && omega && eps == 0 && normalize && !cu_seqlens, op,
+                  ": the CUDA kernel takes normalised exponential features of a projection");
+  STD_TORCH_CHECK(!causal || (dtype == ScalarType::BFloat16 && S == L && (H > 0 || Hk == 0)), op,
+                  ": causal q must have dtype bfloat16, a head, and as many tokens as k");
   const int64_t n = omega->dim();
   const bool wide_omega = omega->scalar_type() == ScalarType::Float;
   check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
@@ -660,21 +750,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     check_like(op, "mask", *mask, ScalarType::Bool, q);
     STD_TORCH_CHECK(mask->is_contiguous() && mask->numel() == B * S, op, ": mask must have shape (B, S)");
   }
-  constexpr int64_t limit = int64_t{1} << 30;
-  STD_TORCH_CHECK(L < limit && S < limit && B * Hk < limit && (Hk == 0 || H / Hk * (L / 64 + 1) < limit), op,
-                  ": the native kernel takes fewer than 2^30 tokens; use backend='reference'");
+  const bool starts = kv && z && log_scale;
+  STD_TORCH_CHECK(starts ? causal : !(kv || z || log_scale), op,
+                  ": kv, z and log_scale come together, and causal alone");
+  if (starts) {
+    const std::pair<const char*, const Tensor*> state[] = {{"kv", &*kv}, {"z", &*z}, {"log_scale", &*log_scale}};
+    for (const auto& [name, x] : state) {
+      check_like(op, name, *x, ScalarType::Float, q);
+      STD_TORCH_CHECK(x->is_contiguous() && x->numel() == B * Hk * M * (x == &*kv ? width : 1), op, ": ", name,
+                      " must be contiguous, (B, Hk, M, V) or (B, Hk, M)");
+    }
+  }
+  constexpr int64_t limit = int64_t{1} << 30, heads_limit = int64_t{1} << 22;
+  const int64_t heads = B * Hk;
+  STD_TORCH_CHECK(
+      L < limit && S < limit && heads < heads_limit && heads * (S / 64 + 1) < limit && B * H * (L / 64 + 1) < limit, op,
+      ": the native kernel takes fewer than 2^36 tokens; use backend='reference'");
 
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const int index = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
   Tensor out = new_empty(q, {B, H, L, width}, dtype);
   Tensor new_kv = new_empty(q, {B, Hk, M, width}, ScalarType::Float);
-  Tensor new_z = new_empty(q, {B, Hk, M}, ScalarType::Float), new_log_scale = new_empty_like(new_z);
-  if (B * Hk == 0) {
+  Tensor new_z = new_empty(q, {B, Hk, M}, ScalarType::Float),
+         new_log_scale = new_empty(q, {B, Hk, M}, ScalarType::Float);
+  if (heads == 0) {
     return {out, new_kv, new_z, new_log_scale};
   }
-  int multiprocessors, capability;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, q.get_device_index()));
-  STD_TORCH_CHECK(capability == 9, op, ": the CUDA kernel needs a GPU of compute capability 9; use backend='triton'");
+  const Device gpu = device(index);
+  STD_TORCH_CHECK(gpu.capability == 9, op,
+                  ": the CUDA kernel needs a GPU of compute capability 9; use backend='triton'");
   const cudaStream_t stream = current_stream(q);
   const auto run = [&](auto zero, auto features) {
     using T = decltype(zero);
@@ -693,33 +797,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.kv = static_cast<float*>(new_kv.mutable_data_ptr());
     args.z = static_cast<float*>(new_z.mutable_data_ptr());
     args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
+    if (starts) {
+      args.kv0 = static_cast<const float*>(kv->const_data_ptr());
+      args.z0 = static_cast<const float*>(z->const_data_ptr());
+      args.log_scale0 = static_cast<const float*>(log_scale->const_data_ptr());
+    }
     args.scale = static_cast<float>(scale * log2e);
     args.norm = kind == positive ? static_cast<float>(-0.5 * log2e * scale * scale) : 0;
     args.Hk = static_cast<int>(Hk);
     args.L = static_cast<int>(L);
     args.S = static_cast<int>(S);
     args.queries = static_cast<int>(H / Hk);
-    args.row_tiles = ceil_div(L, Plan<F>::rows);
-    args.heads = static_cast<int>(B * Hk);
-    args.share = share_of<F>(args.heads, S, multiprocessors);
-    if (args.share == 1) {
-      launch<T, F, Pass::both>(args, stream);
-      return;
+    args.heads = static_cast<int>(heads);
+    args.row_tiles = ceil_div(L, 64);
+    const auto divide = [&](auto plan) {
+      args.key_tiles = std::max(ceil_div(S, plan.keys), 1);  // no keys: one tile of none
+      args.query_steps = ceil_div(int64_t{args.queries} * args.row_tiles, plan.groups);
+    };
+    if constexpr (F < 256) {
+      using Of = Plan<Pass::both, F>;
+      if (!causal) {
+        divide(Of{});
+        if (takes_one_launch<Of>(args, gpu.multiprocessors)) {
+          launch<Of>(args, heads, index, stream);
+          return;
+        }
+      }
     }
-    const int64_t parts = static_cast<int64_t>(args.heads) * args.share;
-    Tensor part_kv = new_empty(q, {parts, F, width}, ScalarType::Float);
-    Tensor part_z = new_empty(q, {2, parts, F}, ScalarType::Float);
-    Tensor means = new_empty(q, {args.heads, F, width}, dtype);
-    Tensor exponents = new_empty(q, {args.heads, F}, ScalarType::Float);
-    args.part_kv = static_cast<float*>(part_kv.mutable_data_ptr());
-    args.part_z = static_cast<float*>(part_z.mutable_data_ptr());
-    args.part_c = args.part_z + parts * F;
-    args.means = static_cast<T*>(means.mutable_data_ptr());
-    args.exponents = static_cast<float*>(exponents.mutable_data_ptr());
-    launch<T, F, Pass::keys>(args, stream);
-    add_shares_kernel<T, F><<<args.heads*(F * pieces / 256), 256, 0, stream>>>(args);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    launch<T, F, Pass::queries>(args, stream);
+    using Of = Plan<Pass::keys, F>;
+    divide(Of{});
+    args.key_tile = Of::keys;
+    const int64_t resident = gpu.multiprocessors * Of::blocks;
+    args.key_blocks =
+        static_cast<int>(causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
+                                : std::min(heads * args.key_tiles, resident));
+    const int64_t slots = heads + args.key_blocks - 1, of_parts = slots * F, of_heads = causal ? 0 : heads * F;
+    Tensor scratch;
+    if (!causal || args.key_blocks != heads) {
+      scratch = new_empty(q, {of_parts * (width + 2) + of_heads * (width / 2 + 1)}, ScalarType::Float);
+      args.part_kv = static_cast<float*>(scratch.mutable_data_ptr());
+      args.means = reinterpret_cast<T*>(args.part_kv + of_parts * width);
+      args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
+      args.part_z = args.exponents + of_heads;
+      args.part_c = args.part_z + of_parts;
+      launch<Of>(args, args.key_blocks, index, stream);
+    }
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (causal) {
+        causal_attention<T, F>(args, index, stream);
+        return;
+      }
+    }
+    launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
+    if (args.query_steps > 0) {
+      launch<Plan<Pass::queries, F>>(args, std::min(heads * args.query_steps, resident), index, stream);
+    }
   };
   const auto dispatch = [&](auto zero) {
     switch (M) {

@@ -8,10 +8,10 @@
 namespace fastrpe {
 namespace linear {
 
-// On Hopper's tensor cores: bidirectional and normalised attention of exponential features (positive, or exp with a
-// projection) without eps or packing, in 16 bits, with D = V = 64 and 64, 128 or 256 features. `kind` counts as KINDS
-// in fastrpe/ops/linear/op.py. Rows of q, k and v are aligned to 16 bytes; omega, in their dtype or float32, is rounded
-// to it; the rest is contiguous and float32.
+// On Hopper's tensor cores: normalised attention of exponential features (positive, or exp with a projection) without
+// eps or packing, in 16 bits, when causal in bfloat16, with D = V = 64 and 64, 128 or 256 features. `kind` counts as
+// KINDS in fastrpe/ops/linear/op.py. Rows of q, k and v are aligned to 16 bytes; omega, in their dtype or float32, is
+// rounded to it; the rest is contiguous and float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(const Tensor& q,                     // (B, H, L, D)
                                                                  const Tensor& k,                     // (B, Hk, S, D)
                                                                  const Tensor& v,                     // (B, Hk, S, V)
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(const Tensor& q
                                                                  const std::optional<Tensor>& log_scale);  // as z
 
 // Gradients of q, k, v, omega, bias, kv and z; an empty tensor where there is nothing or no need. Of the same cases,
-// from the forward's state, which has no gradient of its own; those of omega and bias are float32.
+// bidirectional, from the forward's state, which has no gradient of its own; those of omega and bias are float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd_cuda(
     const Tensor& dout,                // (B, H, L, V)
     const std::optional<Tensor>& dkv,  // (N, Hk, F, V)

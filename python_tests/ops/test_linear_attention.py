@@ -164,10 +164,12 @@ def test_7_no_gradient_to_the_future(device: torch.device, backend: str, kind: s
 def test_7_later_keys_change_no_bit(device: torch.device, backend: str, kind: str, dtype: torch.dtype) -> None:
     """Keys of norm 30 along a row of omega, the worst there are: rows before them keep their bits, and stay finite.
 
-    A chunk of Triton's holds its keys relative to its largest, so that rows before that are rounded anew.
+    A GPU's kernels hold the keys of a chunk relative to its largest, so that rows before that are rounded anew.
     """
     skip_slow(backend, device)
-    one = inputs(B=1, L=130, kind=kind, device=device, dtype=dtype)
+    on_gpu = device.type == "cuda"
+    sizes = dict(D=64, V=64, M=64) if backend == "native" and on_gpu else {}  # which its kernel takes
+    one = inputs(B=1, L=130, kind=kind, device=device, dtype=dtype, **sizes)
     before = linear_attention(**one, causal=True, backend=backend)
     wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}
     same, exact = (linear_attention(**x, causal=True, backend="reference") for x in (one, wide))
@@ -180,7 +182,7 @@ def test_7_later_keys_change_no_bit(device: torch.device, backend: str, kind: st
         v[:, :, row:] *= 1000
         y = linear_attention(**one | dict(k=k, v=v), causal=True, backend=backend)
         assert y.isfinite().all()
-        if backend == "triton":
+        if backend == "triton" or (backend == "native" and on_gpu):
             assert_accurate(y[:, :, :row], same[:, :, :row], exact[:, :, :row], dtype=dtype)
         else:
             assert_bitwise(y[:, :, :row], before[:, :, :row])
@@ -453,7 +455,7 @@ def test_opcheck(device: torch.device, backend: str, causal: bool, kind: str) ->
     if backend == "triton" and device.type == "cpu" and (kind != "positive" or causal):
         pytest.skip("too slow for interpreted Triton kernels")
     on_hopper = backend == "native" and device.type == "cuda"
-    if on_hopper and (causal or kind == "features"):
+    if on_hopper and kind == "features":
         pytest.skip("beyond the limits of the CUDA kernels")
     sizes, dtype = ((64, 64, 64), torch.bfloat16) if on_hopper else ((3, 2, 4), torch.float32)
     one = inputs(1, 2, 1, 5, *sizes, kind=kind, device=device, dtype=dtype)
@@ -734,11 +736,51 @@ def test_limits_of_the_triton_kernels(options: dict[str, Any], limit: str) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("M", (64, 128, 256))
+@pytest.mark.parametrize("kind", ("positive", "oprf", "exp"))
+def test_state_splits_the_native_kernel(kind: str, M: int) -> None:
+    """Parts with a carried state, and a head divided among blocks, are as accurate as the whole by the reference."""
+    one = inputs(1, 2, 1, 1500, 64, 64, M, kind=kind, device="cuda", dtype=torch.bfloat16)
+    mask = draw(1, 1500, seed=6, device="cuda") > -0.5
+    mask[:, :70] = False
+    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}
+    options: dict[str, Any] = dict(causal=True, return_state=True)
+    same, exact = (linear_attention(**x, **options, mask=mask, backend="reference")[0] for x in (one, wide))
+    for cuts in ((1500,), (1, 65, 700, 700, 1500)):
+        state, parts, at = None, [], 0
+        for end in cuts:
+            part = {n: one[n][:, :, at:end] for n in "qkv"}
+            y, state = linear_attention(**one | part, **options, mask=mask[:, at:end], state=state, backend="native")
+            parts.append(y)
+            at = end
+        assert_accurate(torch.cat(parts, 2), same, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ("positive", "oprf", "exp"))
+def test_10_large_inputs_of_the_native_kernel(kind: str) -> None:
+    """Norms from 0.1 to 30 in bfloat16, growing, falling and mixed, and one key a thousand times as large."""
+    one = inputs(4, 2, 1, 200, 64, 64, 128, kind=kind, device="cuda", dtype=torch.bfloat16)
+    size = torch.logspace(-1, math.log10(30), 200)
+    mixed = size[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    late = torch.ones(200).index_fill(0, torch.tensor(100), 1000)
+    size = torch.stack((size, size.flip(0), mixed, late)).cuda()[:, None, :, None]
+    for n in ("q", "k"):
+        one[n] = (one[n] / one[n].norm(dim=-1, keepdim=True) * size).to(torch.bfloat16)
+    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}
+    same, exact = (linear_attention(**x, causal=True, backend="reference") for x in (one, wide))
+    assert_accurate(linear_attention(**one, causal=True, backend="native"), same, exact)
+
+
+@pytest.mark.gpu
 def test_native_names_who_can() -> None:
     for dtype, others in ((torch.float64, "'reference'"), (torch.float32, "'triton' or 'reference'")):
         message = f"linear_attention: backend must be {others} for {str(dtype)[6:]}, got 'native'"
         with pytest.raises(NotImplementedError, match=message):
             linear_attention(**inputs(device="cuda", dtype=dtype), backend="native")
+    half = inputs(D=64, V=64, M=64, device="cuda", dtype=torch.float16)
+    with pytest.raises(NotImplementedError, match="must be 'triton' or 'reference' for causal float16, got 'native'"):
+        linear_attention(**half, causal=True, backend="native")
 
 
 def test_forward_mode_is_refused() -> None:

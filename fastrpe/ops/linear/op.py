@@ -144,6 +144,8 @@ def _gradients(
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
+    if causal and backend == "native" and q.is_cuda:  # which has a forward alone
+        backend = "triton"
     prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
