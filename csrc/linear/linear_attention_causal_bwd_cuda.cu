@@ -348,8 +348,8 @@ struct Heads {
     k = args.k.at(i_b, i_k);
     v = args.v.at(i_b, i_k);
     dout = args.dout.at(i_b, i_h);
-    mask = args.mask == nullptr ? nullptr : args.mask + i_b * args.length;
-    rows = head * args.length;
+    mask = args.mask == nullptr ? nullptr : args.mask + static_cast<int64_t>(i_b) * args.length;
+    rows = static_cast<int64_t>(head) * args.length;
   }
 };
 
@@ -950,10 +950,6 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       if (G > 1 && at.group == 0) {
         give<G>(at, dv, tile_q);
       }
-      float dscores[values];
-      products_begin();
-      project(dscores, tile_v, tile_dout);
-      products_end();
       if constexpr (G > 1) {
         __syncthreads();
         if (at.group == 1) {
@@ -961,6 +957,10 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
           give<G>(at, dv, tile_q);
         }
       }
+      float dscores[values];
+      products_begin();
+      project(dscores, tile_v, tile_dout);
+      products_end();
       products_wait<0>(dscores);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {

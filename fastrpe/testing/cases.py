@@ -423,6 +423,7 @@ CASES: tuple[Case, ...] = (
     linear_case("trigonometric-causal", kind="trigonometric", normalize=False, causal=True),
     linear_case("vit-197", B=2, H=3, Hk=3, L=197, D=64, V=64, M=128),
     linear_case("causal-197", B=1, H=2, Hk=2, L=197, D=64, V=64, M=128, causal=True),
+    linear_case("causal-130", L=130, D=64, V=64, M=64, kind="oprf", a=-0.1, per_head=True, masked=True, causal=True),
     linear_case("cross", L=33, S=150),
     linear_case("cross-heads-masked", L=150, S=33, per_head=True, masked=True),
     linear_case("heads-causal-masked", per_head=True, masked=True, causal=True, L=150),
