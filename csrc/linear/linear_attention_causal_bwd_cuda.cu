@@ -90,9 +90,8 @@ struct Layout {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr float log2e = 1.4426950408889634f;
-constexpr float none = -1e30f;    // the exponent of what takes no part
-constexpr float limit = 48.0f;    // weights and 1 / their sum stay far within what bfloat16 holds
-constexpr float ceiling = 96.0f;  // of exponents; above only those of pairs that do not count
+constexpr float none = -1e30f;  // the exponent of what takes no part
+constexpr float limit = 48.0f;  // weights and 1 / their sum stay far within what bfloat16 holds
 
 // Where the 16 bytes number u of a row lie, as the tensor cores read them.
 __device__ __forceinline__ int piece(int row, int u) {
@@ -111,9 +110,10 @@ struct Thread {
     return warp * 16 + g + 8 * r;
   }
 
-  // The 16 bytes that this thread names to a matrix instruction, of columns [16 s, 16 s + 16).
-  __device__ __forceinline__ int named(int s) const {
-    return piece(warp * 16 + threadIdx.x % 16, s * 2 + threadIdx.x % 32 / 16);
+  // Where in a tile are the 16 bytes that this thread names to a matrix instruction, of the first 16 columns; those of
+  // step s are 32 s off, which no sum carries, so that XOR finds them.
+  __device__ __forceinline__ uint32_t named() const {
+    return 16 * piece(warp * 16 + threadIdx.x % 16, threadIdx.x % 32 / 16);
   }
 };
 
@@ -122,6 +122,46 @@ using Operand = uint32_t[4][4];  // 64 x 64 values as a left operand in register
 // The column of the first of pair i of step s, and the row; see Operand.
 __device__ __forceinline__ int column_of(const Thread& at, int s, int i) {
   return 16 * s + i / 2 * 8 + 2 * at.t;
+}
+
+// Leaves of pairs of rows and columns those that count: with Lower, columns up to the row, otherwise from it on. Of 16
+// x 16 blocks those on the diagonal alone have some of both, in two quarters.
+template <bool Lower>
+__device__ __forceinline__ void keep_pairs(const Thread& at, Operand& x) {
+  const int past = 2 * at.t - at.g;  // columns behind the diagonal
+  const uint32_t first = Lower ? past <= 0 : past >= 0, second = Lower ? past < 0 : past >= -1;
+  const uint32_t diagonal = (first ? 0x0000ffffu : 0u) | (second ? 0xffff0000u : 0u);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const bool all = Lower ? s < at.warp : s > at.warp, some = all || s == at.warp;
+    const uint32_t quarter = all ? ~0u : some ? diagonal : 0u;
+    x[s][0] &= quarter;
+    x[s][Lower ? 1 : 2] &= some ? ~0u : 0u;
+    x[s][Lower ? 2 : 1] &= all ? ~0u : 0u;
+    x[s][3] &= quarter;
+  }
+}
+
+__device__ __forceinline__ void round_to(Operand& x, const float (&from)[values]) {
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[s][i] = pack<T>(from[8 * s + 2 * i], from[8 * s + 2 * i + 1]);
+    }
+  }
+}
+
+// A pair of 16-bit values in shared memory.
+__device__ __forceinline__ uint32_t load_pair(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// Where row(0) of a tile has columns 2 t and the next; 8 columns are a piece further, by XOR, row(1) is 1024 bytes on.
+__device__ __forceinline__ uint32_t pairs_of(const Thread& at, const uint4* from) {
+  return shared_address(from) + 16 * piece(at.row(0), 0) + 4 * at.t;
 }
 
 __device__ __forceinline__ float2 unpack(uint32_t x) {
@@ -149,10 +189,11 @@ __device__ __forceinline__ void fetch(const T* from, int step, int first, int co
                                       const bool* mask = nullptr) {
   const int u = threadIdx.x % 8, i = threadIdx.x / 8;
   const T* source = from + static_cast<int64_t>(first + i) * step + u * 8;
+  to += piece(i, u);  // a step of 8 rows keeps the swizzle
 #pragma unroll
   for (int n = 0; n < tile; n += Threads / 8) {
     const bool inside = n + i < count && (mask == nullptr || mask[first + n + i]);
-    copy_async<16>(to + piece(n + i, u), inside ? source : from, inside);
+    copy_async<16>(to + n * 8, source, inside);  // which reads nothing outside
     source += Threads / 8 * step;
   }
 }
@@ -162,7 +203,7 @@ __device__ __forceinline__ void fetch_rows(const Args& args, int64_t first, int 
   if (threadIdx.x < 2 * tile) {
     const float* from = (threadIdx.x < tile ? args.lse : args.delta) + first;
     const int i = threadIdx.x % tile;
-    copy_async<4>(to + threadIdx.x, i < count ? from + i : from, i < count);
+    copy_async<4>(to + threadIdx.x, from + i, i < count);
   }
 }
 
@@ -262,13 +303,15 @@ __device__ __forceinline__ void weigh(Operand& a, const float (&x)[values], cons
 }
 
 __device__ __forceinline__ void store_operand(const Thread& at, uint4* to, const Operand& a) {
+  const uint32_t named = shared_address(to) + at.named();
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    store_matrices(shared_address(to + at.named(s)), a[s]);
+    store_matrices(named ^ 32 * s, a[s]);
   }
 }
 
 __device__ __forceinline__ void store_rounded(const Thread& at, uint4* to, const float (&x)[values]) {
+  const uint32_t named = shared_address(to) + at.named();
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t y[4];
@@ -276,7 +319,7 @@ __device__ __forceinline__ void store_rounded(const Thread& at, uint4* to, const
     for (int i = 0; i < 4; ++i) {
       y[i] = pack<T>(x[8 * s + 2 * i], x[8 * s + 2 * i + 1]);
     }
-    store_matrices(shared_address(to + at.named(s)), y);
+    store_matrices(named ^ 32 * s, y);
   }
 }
 
@@ -439,10 +482,11 @@ template <int Groups>
 __device__ __forceinline__ void give(const Thread& at, const float (&x)[values], uint4* to) {
   if constexpr (Groups > 1) {
     __syncwarp();
+    float4* at_lane = reinterpret_cast<float4*>(to) + at.warp * (own<Groups> * 8) + threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < own<Groups>; ++i) {
-      reinterpret_cast<float*>(to)[(at.warp * own<Groups> + i) * 32 + threadIdx.x % 32] =
-          at.group == 0 ? x[16 + i] : x[i];
+    for (int i = 0; i < own<Groups>; i += 4) {
+      at_lane[8 * i] = at.group == 0 ? float4{x[16 + i], x[17 + i], x[18 + i], x[19 + i]}
+                                     : float4{x[i], x[i + 1], x[i + 2], x[i + 3]};
     }
   }
 }
@@ -458,9 +502,14 @@ __device__ __forceinline__ void keep(const Thread& at, float (&y)[own<Groups>], 
 template <int Groups>
 __device__ __forceinline__ void take(const Thread& at, float (&y)[own<Groups>], const uint4* from) {
   if constexpr (Groups > 1) {
+    const float4* at_lane = reinterpret_cast<const float4*>(from) + at.warp * (own<Groups> * 8) + threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < own<Groups>; ++i) {
-      y[i] += reinterpret_cast<const float*>(from)[(at.warp * own<Groups> + i) * 32 + threadIdx.x % 32];
+    for (int i = 0; i < own<Groups>; i += 4) {
+      const float4 x = at_lane[8 * i];
+      y[i] += x.x;
+      y[i + 1] += x.y;
+      y[i + 2] += x.z;
+      y[i + 3] += x.w;
     }
   }
 }
@@ -658,13 +707,12 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       }
       products_wait<0>(scores);
       products_wait<0>(keys.sums);
+      round_to(pairs, scores);
+      keep_pairs<true>(at, pairs);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int column = column_of(at, s, i), row = at.row(i % 2);
-          pairs[s][i] =
-              pack<T>(column <= row ? scores[8 * s + 2 * i] : 0.0f, column < row ? scores[8 * s + 2 * i + 1] : 0.0f);
           const float2 x = unpack(pairs[s][i]);
           den[i % 2] += x.x + x.y;
         }
@@ -675,12 +723,12 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       add_product(out, pairs, tile_v, true);
       products_end();
       products_wait<0>(out);
+      const uint32_t own_dout = pairs_of(at, tile_dout);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint4* from = tile_dout + piece(at.row(i % 2), 2 * s + i / 2);
-          const float2 x = unpack(reinterpret_cast<const uint32_t*>(from)[at.t]);
+          const float2 x = unpack(load_pair((own_dout ^ 16 * (2 * s + i / 2)) + 1024 * (i % 2)));
           delta[i % 2] = fmaf(x.x, out[8 * s + 2 * i], fmaf(x.y, out[8 * s + 2 * i + 1], delta[i % 2]));
         }
       }
@@ -727,11 +775,10 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int column = column_of(at, s, i), row = at.row(i % 2);
-          pairs[s][i] = pack<T>(column <= row ? dscores[8 * s + 2 * i] - delta[i % 2] : 0.0f,
-                                column < row ? dscores[8 * s + 2 * i + 1] - delta[i % 2] : 0.0f);
+          pairs[s][i] = pack<T>(dscores[8 * s + 2 * i] - delta[i % 2], dscores[8 * s + 2 * i + 1] - delta[i % 2]);
         }
       }
+      keep_pairs<true>(at, pairs);
       float dw[values];
       products_begin();
       project(dw, tile_dout, state);
@@ -916,8 +963,8 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float2 c = pair_of(exponents, column_of(at, s, i));
-            w[s][i] = pack<T>(exp2_approximate(fminf(fmaf(p[8 * s + 2 * i], exponent, c.x) + key[i % 2], ceiling)),
-                              exp2_approximate(fminf(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) + key[i % 2], ceiling)));
+            w[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) + key[i % 2]),
+                              exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) + key[i % 2]));
           }
         }
       }
@@ -927,15 +974,8 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       products_end();
       products_wait<0>(scores);
       products_wait<0>(queries.sums);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = column_of(at, s, i), row = at.row(i % 2);
-          pairs[s][i] = pack<T>(column >= row ? scores[8 * s + 2 * i] : 0.0f,
-                                column + 1 >= row ? scores[8 * s + 2 * i + 1] : 0.0f);
-        }
-      }
+      round_to(pairs, scores);
+      keep_pairs<false>(at, pairs);
       float dv[values];
       products_begin();
       add_product(dv, w, state, false);
@@ -966,12 +1006,11 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int column = column_of(at, s, i), row = at.row(i % 2);
-          const float2 delta = pair_of(deltas, column);
-          slopes[s][i] = pack<T>(column >= row ? dscores[8 * s + 2 * i] - delta.x : 0.0f,
-                                 column + 1 >= row ? dscores[8 * s + 2 * i + 1] - delta.y : 0.0f);
+          const float2 delta = pair_of(deltas, column_of(at, s, i));
+          slopes[s][i] = pack<T>(dscores[8 * s + 2 * i] - delta.x, dscores[8 * s + 2 * i + 1] - delta.y);
         }
       }
+      keep_pairs<false>(at, slopes);
       if constexpr (G > 1) {
         __syncthreads();
         if (at.group == 0) {
@@ -1044,10 +1083,10 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       for (int r = 0; r < 2; ++r) {
         total[r] = (G > 1 ? total[r] + norms[(1 - at.group) * tile + at.row(r)] : total[r]) * square;
       }
+      const uint32_t own_k = pairs_of(at, tile_k) ^ 16 * (at.group * (8 / G));
 #pragma unroll
       for (int i = 0; i < own<G>; i += 2) {
-        const uint4* from = tile_k + piece(at.row(i / 2 % 2), at.group * (8 / G) + i / 4);
-        const float2 x = unpack(reinterpret_cast<const uint32_t*>(from)[at.t]);
+        const float2 x = unpack(load_pair((own_k ^ 16 * (i / 4)) + 1024 * (i / 2 % 2)));
         y[i] = fmaf(y[i], args.scale, -x.x * total[i / 2 % 2]);
         y[i + 1] = fmaf(y[i + 1], args.scale, -x.y * total[i / 2 % 2]);
       }
