@@ -104,7 +104,10 @@ struct Thread {
   int group, warp, g, t;
 
   __device__ __forceinline__ Thread()
-      : group(threadIdx.x / 128), warp(threadIdx.x % 128 / 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
+      : group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0)),
+        warp(__shfl_sync(0xffffffff, threadIdx.x % 128 / 32, 0)),
+        g(threadIdx.x % 32 / 4),
+        t(threadIdx.x % 4) {}
 
   __device__ __forceinline__ int row(int r) const {
     return warp * 16 + g + 8 * r;
@@ -257,19 +260,35 @@ __device__ __forceinline__ void fill_query_bias(const float* lse, int count, flo
   }
 }
 
+// The operand some pieces further: one addition, where the compiler would make each from its address.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t pieces) {
+  return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + pieces);
+}
+
 // c = a b^T over the inner index of 64, both in memory.
 __device__ __forceinline__ void project(float (&c)[values], const uint4* a, const uint4* b) {
+  const uint64_t first = operand(a), second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T>(c, operand(a + s * 2), operand(b + s * 2), s > 0);
+    multiply<T>(c, further(first, s * 2), further(second, s * 2), s > 0);
   }
 }
 
 // c = a b, or c + a b; b has a row for each of the inner index.
 __device__ __forceinline__ void add_product(float (&c)[values], const Operand& a, const uint4* b, bool add) {
+  const uint64_t second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T, Inner::b>(c, a[s], operand(b + s * 128), add || s > 0);
+    multiply<T, Inner::b>(c, a[s], further(second, s * 128), add || s > 0);
+  }
+}
+
+// c + a b^T.
+__device__ __forceinline__ void add_columns(float (&c)[values], const Operand& a, const uint4* b) {
+  const uint64_t second = operand(b);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    multiply<T>(c, a[s], further(second, s * 2), true);
   }
 }
 
@@ -782,10 +801,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       float dw[values];
       products_begin();
       project(dw, tile_dout, state);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        multiply<T>(dw, pairs[s], operand(phi + s * 2), true);
-      }
+      add_columns(dw, pairs, phi);
       products_end();
       products_wait<0>(dw);
 #pragma unroll
@@ -1025,10 +1041,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       float dw[values];
       products_begin();
       project(dw, tile_v, state);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        multiply<T>(dw, slopes[s], operand(phi + s * 2), true);
-      }
+      add_columns(dw, slopes, phi);
       products_end();
       products_wait<0>(dw);
       float total[2] = {};
