@@ -68,8 +68,8 @@ struct Args {
   float* slots;                // of dW and the bias's gradient, (B, H, segments, M (D + 1))
   T *dq, *dk, *dv;             // contiguous
   float *group_dk, *group_dv;  // (B, H, L, D), of heads that share keys, or null
-  int length, heads, groups;   // query heads, and those of a key head
-  int segments, share, tiles;  // of a head, and the tiles of a segment and of a head
+  int length, heads, groups;   // of queries, and query heads of a key head
+  int segments, share, tiles;  // of a head; of tiles, a segment's and a head's
   float scale, norm;           // norm is 1 where exponents have -|x|^2 / 2, else 0
   bool wide_omega;
 };
@@ -81,7 +81,7 @@ struct Layout {
   static constexpr int matrix = M * width / 8;   // pieces of (M, 64) 16-bit values
   static constexpr int blocks = M > 64 ? 2 : 3;  // of a multiprocessor
   static constexpr int key_blocks = 2;           // which take more memory
-  static constexpr size_t heads = 48;            // bytes
+  static constexpr size_t heads = 48;            // bytes, see Heads
   static constexpr size_t query_bytes = 16 * (3 * matrix + 6 * slab) + 4 * (2 * M + tile + 4 * groups * tile) + heads;
   static constexpr size_t key_bytes = 16 * (3 * matrix + 7 * slab) + 4 * (2 * M + 6 * tile + groups * tile) + heads;
   static constexpr size_t sum_bytes = 16 * (matrix + 4 * slab) + 4 * 5 * tile + heads;
@@ -1301,10 +1301,12 @@ int attribute(const Tensor& x, cudaDeviceAttr which) {
 
 // Any strides, but rows of 16-byte pieces.
 Rows rows_of(const char* argument, const Tensor& x) {
-  STD_TORCH_CHECK(x.stride(3) == 1 && x.stride(2) <= 1 << 24 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 &&
-                      x.stride(2) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+  const int64_t step = x.size(2) > 1 ? x.stride(2) : 0;
+  STD_TORCH_CHECK(x.stride(3) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && step % 8 == 0 &&
+                      reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                   "linear_attention_bwd: rows of ", argument, " must be aligned to 16 bytes");
-  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), static_cast<int>(x.stride(2))};
+  STD_TORCH_CHECK(step <= 1 << 24, "linear_attention_bwd: rows of ", argument, " must be nearer to each other");
+  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), static_cast<int>(step)};
 }
 
 // Tiles of a segment, for the least time; one to a head costs no sums beforehand.
