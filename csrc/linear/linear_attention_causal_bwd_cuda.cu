@@ -1051,12 +1051,13 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
         for (int i = 0; i < 4; ++i) {
           const float2 x = unpack(w[s][i]), y = pair_of(weights, column_of(at, s, i));
           const float x0 = x.x * (dw[8 * s + 2 * i] - y.x), x1 = x.y * (dw[8 * s + 2 * i + 1] - y.y);
-          total[i % 2] += x0 + x1;
           if constexpr (Omega) {
             dbias[(2 * s + i / 2) * 2] += x0;
             dbias[(2 * s + i / 2) * 2 + 1] += x1;
           }
           slopes[s][i] = pack<T>(x0, x1);
+          const float2 rounded = unpack(slopes[s][i]);  // as in the product: what W has of k cancels
+          total[i % 2] += rounded.x + rounded.y;
         }
       }
       float dk[values];
