@@ -645,6 +645,8 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
   fill_omega<M, Of::threads>(args, place.i_k, memory);
   start_values(place.begin);
   start_projected(place.begin);
+  let_next_begin();
+  wait_for_previous();  // which sums keys; all that is copied is older
 
   const float exponent = args.scale * log2e, square = args.norm * 0.5f * log2e * args.scale * args.scale;
   State keys;
@@ -901,6 +903,8 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
     copies_end();
   };
   fill_omega<M, Of::threads>(args, place.i_k, memory);
+  let_next_begin();
+  wait_for_previous();  // which sums queries, or finds their lse and delta
   start_others(place.end - 1);
   start_values(place.end - 1);
 
@@ -1158,6 +1162,8 @@ __global__ void __launch_bounds__(Layout<M>::threads, Layout<M>::blocks) sum_ker
     copies_end();
   };
   fill_omega<M, Of::threads>(args, place.i_k, memory);
+  let_next_begin();
+  wait_for_previous();  // which finds lse and delta
   start(place.begin);
 
   const float exponent = args.scale * log2e, square = args.norm * 0.5f * log2e * args.scale * args.scale;
@@ -1217,6 +1223,8 @@ __global__ void __launch_bounds__(128)
   if (feature >= features) {
     return;
   }
+  let_next_begin();
+  wait_for_previous();
   const int u = static_cast<int>(i % 16);
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
   float weight = 0.0f, top = empty;
@@ -1247,6 +1255,8 @@ __global__ void __launch_bounds__(256)
   if (i >= count) {
     return;
   }
+  let_next_begin();
+  wait_for_previous();
   const float4* x = from + i / size * groups * size + i % size;
   float4 sum = x[0];
   for (int n = 1; n < groups; ++n) {
@@ -1268,6 +1278,8 @@ __global__ void __launch_bounds__(256) add_slots_kernel(const SlotArgs args) {
   __shared__ float4 sums[16][16];
   const int x = threadIdx.x % 16, lane = threadIdx.x / 16, chunks = args.M / 64 * (width + 1);
   const int set = blockIdx.x / chunks, i = blockIdx.x % chunks * 16 + x, size = args.M * (width + 1) / 4;
+  let_next_begin();
+  wait_for_previous();
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
   const auto add = [&sum](const float4& y) { sum = {sum.x + y.x, sum.y + y.y, sum.z + y.z, sum.w + y.w}; };
 #pragma unroll 4
@@ -1378,13 +1390,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   Tensor dq = new_empty(q, {B, H, L, width}, dtype), dk = new_empty(q, {B, Hk, L, width}, dtype),
          dv = new_empty(q, {B, Hk, L, width}, dtype), domega = like(omega), dbias = like(bias);
   const int64_t tiles = ceil_div(L, tile), heads = B * H, sets = dims == 3 ? Hk : 1;
+  bool overlaps = false;  // the kernel before is one of these, and may end while the next begins
   const auto launch = [&](auto kernel, int64_t blocks, int threads, size_t bytes, auto... arguments) {
     STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B, H and L must be smaller");
-    if (blocks > 0) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      kernel<<<static_cast<uint32_t>(blocks), threads, bytes, stream>>>(arguments...);
-      STD_CUDA_CHECK(cudaGetLastError());
+    if (blocks == 0) {
+      return;
     }
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<uint32_t>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = overlaps ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    overlaps = true;
   };
   const auto run = [&](auto features, auto with_omega) {
     constexpr int F = features;
