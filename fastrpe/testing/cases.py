@@ -429,6 +429,7 @@ CASES: tuple[Case, ...] = (
     linear_case("causal-700", B=1, H=1, Hk=1, L=700, D=64, V=64, M=64, causal=True),  # a head's tokens in parts
     linear_case("cross", L=33, S=150),
     linear_case("cross-heads-masked", L=150, S=33, per_head=True, masked=True),
+    linear_case("causal-130", L=130, D=64, V=64, M=64, kind="oprf", a=-0.1, per_head=True, masked=True, causal=True),
     linear_case("heads-causal-masked", per_head=True, masked=True, causal=True, L=150),
     linear_case("sum", normalize=False, scale=0.2),
     linear_case("sum-causal", normalize=False, causal=True, scale=0.2, kind="oprf", a=-0.1),

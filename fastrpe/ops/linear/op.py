@@ -144,7 +144,7 @@ def _gradients(
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
-    if causal and backend == "native" and q.is_cuda:  # which has a forward alone
+    if causal and backend == "native" and q.is_cuda and not _has_causal_gradients(q, omega, kv, dkv, dz):
         backend = "triton"
     prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
@@ -170,6 +170,14 @@ def _gradients(
             domega = domega * factor + 2 * a.to(domega.dtype) * dbias.unsqueeze(-1) * wide
         domega = _to(domega, omega.dtype)
     return dq, dk, dv, domega, da, dkv0, dz0
+
+
+def _has_causal_gradients(
+    q: Tensor, omega: Tensor | None, kv: Tensor | None, dkv: Tensor | None, dz: Tensor | None
+) -> bool:
+    """Whether CUDA kernels have the gradients of a causal call that they take forwards; Triton's have the others."""
+    features = 0 if omega is None else omega.shape[-2]
+    return q.dtype == torch.bfloat16 and features in (64, 128) and kv is None and dkv is None and dz is None
 
 
 def _linear_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
