@@ -7,8 +7,7 @@
 #include <atomic>
 #include <vector>
 
-#include "../common/cuda.cuh"
-#include "../common/hopper.cuh"
+#include "projection.cuh"
 
 namespace fastrpe {
 namespace linear {
@@ -34,7 +33,7 @@ struct Rows {
 template <typename T>
 struct Args {
   Rows<T> q, k, v;
-  const void* omega;  // (M, D) or (Hk, M, D), of T or float
+  Projection projection;
   const float* bias;  // (M,) or (Hk, M), or null
   const bool* mask;   // (B, S), or null
   T* out;             // (B, H, L, V)
@@ -52,8 +51,7 @@ struct Args {
   int key_tiles, query_steps;        // of a key head
   int key_tile;                      // keys of a tile
   int key_blocks;                    // of the kernel for keys
-  int omega_h, bias_h;
-  bool wide_omega;
+  int bias_h;
 };
 
 // Where the 16 bytes number u of a row lie, as the tensor cores read them.
@@ -83,22 +81,6 @@ __device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, 
   for (int n = 0; n < Count; n += step) {
     copy_async<16>(to + n * pieces, from, inside(first + n + i));
     from += step * stride;
-  }
-}
-
-template <typename Of, typename T>
-__device__ __forceinline__ void fill_omega(const Args<T>& args, int h, uint4* to) {
-  const int64_t start = static_cast<int64_t>(h) * args.omega_h;
-#pragma unroll
-  for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
-    const int row = n / pieces, u = n % pieces;
-    if (args.wide_omega) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
-      const float4 x = from[0], y = from[1];
-      to[piece(row, u)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
-    } else {
-      copy_async<16>(to + piece(row, u), static_cast<const T*>(args.omega) + start + n * 8, true);
-    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include "../common/cuda.cuh"
 #include "../common/hopper.cuh"
 #include "linear_attention_cuda.h"
+#include "projection.cuh"
 
 // Gradients of bidirectional, normalised attention by exponential features. It is softmax attention twice: feature f
 // has the mean U_f of the values over keys, with weights a_jf = phi_f(k_j) / sum_j phi_f(k_j), and a query has the mean
@@ -41,10 +42,10 @@ struct Rows {
 
 template <typename T>
 struct Args {
-  Rows<T> x, y;       // q and dout, or k and v
-  const void* omega;  // (M, D) or (Hk, M, D), of T or float
+  Rows<T> x, y;  // q and dout, or k and v
+  Projection projection;
   const float* bias;  // (M,) or (Hk, M), or null
-  int64_t omega_h, bias_h;
+  int64_t bias_h;
   const float *kv, *z, *log_scale;  // (B, Hk, M, V) and (B, Hk, M)
   const bool* mask;                 // of keys, (B, S), or null
   float* parts;                     // slots of dU and y, (B, H, blocks, M (V + 1)), or (B, Hk, count, M (V + 1))
@@ -55,7 +56,6 @@ struct Args {
   int blocks, share;  // of a head, and the tiles that a block takes
   int count;
   float scale, norm;  // norm is 1 where exponents have -|x|^2 / 2, else 0
-  bool wide_omega;
 };
 
 template <int M>
@@ -93,21 +93,6 @@ __device__ __forceinline__ void fetch(const T* from, int64_t step, int count, ui
     const bool inside = n + i < count && (mask == nullptr || mask[n + i]);
     copy_async<16>(to + piece(n + i, u), inside ? source : from, inside);
     source += Threads / 8 * step;
-  }
-}
-
-template <int M, int Threads, typename T>
-__device__ __forceinline__ void fill_omega(const Args<T>& args, int i_k, uint4* to) {
-  const int64_t start = i_k * args.omega_h;
-#pragma unroll
-  for (int n = threadIdx.x; n < M * 8; n += Threads) {
-    if (args.wide_omega) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
-      const float4 x = from[0], y = from[1];
-      to[piece(n / 8, n % 8)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
-    } else {
-      copy_async<16>(to + piece(n / 8, n % 8), static_cast<const T*>(args.omega) + start + n * 8, true);
-    }
   }
 }
 
@@ -246,7 +231,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     }
     copies_end();
   };
-  fill_omega<M, Of::query_threads>(args, i_k, omega);
+  fill_projection<T, M, Of::query_threads>(args.projection, i_k, omega);
 #pragma unroll
   for (int i = 1; i < Of::query_stages; ++i) {
     start_next();
@@ -580,7 +565,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
     }
     copies_end();
   };
-  fill_omega<M, threads>(args, at.i_h, omega);
+  fill_projection<T, M, threads>(args.projection, at.i_h, omega);
 #pragma unroll
   for (int i = 1; i < Of::key_stages; ++i) {
     start_next();
@@ -937,7 +922,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
                   ": q must have dtype float16 or bfloat16");
-  STD_TORCH_CHECK((kind == positive || kind == exp) && omega && eps == 0 && normalize && !cu_seqlens && !kv && !z &&
+  STD_TORCH_CHECK((kind == exp || (kind == positive && omega)) && eps == 0 && normalize && !cu_seqlens && !kv && !z &&
                       !log_scale && !dkv && !dz,
                   op, ": on a GPU attention must be normalised, by positive features or exp, and without a state");
   if (causal) {
@@ -952,13 +937,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hk && v.size(2) == S && dout.size(0) == B &&
                       dout.size(1) == H && dout.size(2) == L,
                   op, ": shapes of q, k, v and dout must agree");
-  const int64_t dims = omega->dim(), M = dims >= 2 ? omega->size(dims - 2) : 0;
-  const bool wide_omega = omega->scalar_type() == ScalarType::Float;
-  check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
-  STD_TORCH_CHECK((dims == 2 || (dims == 3 && omega->size(0) == Hk)) && (M == 64 || M == 128 || M == 256) &&
-                      omega->size(dims - 1) == width && omega->is_contiguous() &&
-                      reinterpret_cast<uintptr_t>(omega->const_data_ptr()) % 16 == 0,
-                  op, ": omega must be contiguous, aligned to 16 bytes, and of 64, 128 or 256 features of D");
+  const Projection projection = projection_of(op, omega, q, Hk);
+  const int64_t M = projection.features;
+  const bool per_head = omega && omega->dim() == 3;
   const auto check_floats = [&](const char* argument, const Tensor& x, int64_t count) {
     check_like(op, argument, x, ScalarType::Float, q);
     STD_TORCH_CHECK(x.is_contiguous() && x.numel() == count, op, ": ", argument, " must be contiguous, of ", count,
@@ -970,7 +951,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(last_kv.const_data_ptr()) % 16 == 0, op,
                   ": last_kv must be aligned to 16 bytes");
   if (bias) {
-    check_floats("bias", *bias, dims == 3 ? Hk * M : M);
+    check_floats("bias", *bias, per_head ? Hk * M : M);
   }
   if (mask) {
     check_like(op, "mask", *mask, ScalarType::Bool, q);
@@ -1003,11 +984,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     };
     const Tensor queries = prepared(q), gradients = prepared(dout), keys = prepared(k), values = prepared(v);
     Args<T> args{};
-    args.omega = omega->const_data_ptr();
-    args.wide_omega = wide_omega;
-    args.omega_h = dims == 3 ? M * width : 0;
+    args.projection = projection;
     args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-    args.bias_h = dims == 3 ? M : 0;
+    args.bias_h = per_head ? M : 0;
     args.kv = static_cast<const float*>(last_kv.const_data_ptr());
     args.z = static_cast<const float*>(last_z.const_data_ptr());
     args.log_scale = static_cast<const float*>(last_log_scale.const_data_ptr());
@@ -1031,11 +1010,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
     };
     // dW of each set of heads, with slots of its own for every block.
-    const int64_t sets = dims == 3 ? Hk : 1;
+    const int64_t sets = per_head ? Hk : 1;
     Tensor parts = empty, query_omega = empty, key_omega = empty;
     OmegaArgs<M> sums{};
     const auto slots_of = [&](const float* data, int64_t slots) {
-      const int64_t outer = dims == 3 ? B : 1;
+      const int64_t outer = per_head ? B : 1;
       return OmegaSlots{data, outer, slots / (outer * sets)};
     };
     const auto new_slots = [&](Tensor& slots, int64_t heads) {

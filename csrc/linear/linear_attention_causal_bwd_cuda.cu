@@ -8,6 +8,7 @@
 #include "../common/cuda.cuh"
 #include "../common/hopper.cuh"
 #include "linear_attention_cuda.h"
+#include "projection.cuh"
 
 // Gradients of causal, normalised attention by exponential features, in bfloat16. With s_jf and t_if the exponents of
 // keys and queries, p_ij = sum_f 2^(t_if + s_jf - lse_i) for j <= i sums to 1 over j, and
@@ -59,9 +60,9 @@ struct Sums {
 
 struct Args {
   Rows q, k, v, dout;
-  const void* omega;  // (M, D) or (Hk, M, D), of T or float
+  Projection projection;
   const float* bias;  // (M,) or (Hk, M), or null
-  int64_t omega_h, bias_h;
+  int64_t bias_h;
   const bool* mask;            // (B, L), or null
   float *lse, *delta;          // (B, H, L)
   Sums sums;                   // of a segment's rows, or of all before it; null with one segment
@@ -71,7 +72,6 @@ struct Args {
   int length, heads, groups;   // of queries, and query heads of a key head
   int segments, share, tiles;  // of a head; of tiles, a segment's and a head's
   float scale, norm;           // norm is 1 where exponents have -|x|^2 / 2, else 0
-  bool wide_omega;
 };
 
 template <int M>
@@ -207,21 +207,6 @@ __device__ __forceinline__ void fetch_rows(const Args& args, int64_t first, int 
     const float* from = (threadIdx.x < tile ? args.lse : args.delta) + first;
     const int i = threadIdx.x % tile;
     copy_async<4>(to + threadIdx.x, from + i, i < count);
-  }
-}
-
-template <int M, int Threads>
-__device__ __forceinline__ void fill_omega(const Args& args, int i_k, uint4* to) {
-  const int64_t start = i_k * args.omega_h;
-#pragma unroll
-  for (int n = threadIdx.x; n < M * 8; n += Threads) {
-    if (args.wide_omega) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.omega) + start) + 2 * n;
-      const float4 x = from[0], y = from[1];
-      to[piece(n / 8, n % 8)] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w), pack<T>(y.x, y.y), pack<T>(y.z, y.w)};
-    } else {
-      copy_async<16>(to + piece(n / 8, n % 8), static_cast<const T*>(args.omega) + start + n * 8, true);
-    }
   }
 }
 
@@ -642,7 +627,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
     }
     copies_end();
   };
-  fill_omega<M, Of::threads>(args, place.i_k, memory);
+  fill_projection<T, M, Of::threads>(args.projection, place.i_k, memory);
   start_values(place.begin);
   start_projected(place.begin);
   let_next_begin();
@@ -902,7 +887,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
     }
     copies_end();
   };
-  fill_omega<M, Of::threads>(args, place.i_k, memory);
+  fill_projection<T, M, Of::threads>(args.projection, place.i_k, memory);
   let_next_begin();
   wait_for_previous();  // which sums queries, or finds their lse and delta
   start_others(place.end - 1);
@@ -1161,7 +1146,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Layout<M>::blocks) sum_ker
     }
     copies_end();
   };
-  fill_omega<M, Of::threads>(args, place.i_k, memory);
+  fill_projection<T, M, Of::threads>(args.projection, place.i_k, memory);
   let_next_begin();
   wait_for_previous();  // which finds lse and delta
   start(place.begin);
@@ -1350,7 +1335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), Hk = k.size(1);
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16, op, ": q must have dtype bfloat16 where attention is causal");
-  STD_TORCH_CHECK((kind == positive || kind == exp) && omega, op, ": on a GPU features must be positive or exp");
+  STD_TORCH_CHECK(kind == exp || (kind == positive && omega), op, ": on a GPU features must be positive or exp");
   for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}}) {
     check_like(op, argument, *x, dtype, q);
   }
@@ -1360,16 +1345,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   STD_TORCH_CHECK(k.size(0) == B && k.size(2) == L && v.size(0) == B && v.size(1) == Hk && v.size(2) == L &&
                       dout.size(0) == B && dout.size(1) == H && dout.size(2) == L,
                   op, ": shapes of q, k, v and dout must agree");
-  const int64_t dims = omega->dim(), M = dims >= 2 ? omega->size(dims - 2) : 0;
-  const bool wide_omega = omega->scalar_type() == ScalarType::Float;
-  check_like(op, "omega", *omega, wide_omega ? ScalarType::Float : dtype, q);
-  STD_TORCH_CHECK((dims == 2 || (dims == 3 && omega->size(0) == Hk)) && (M == 64 || M == 128) &&
-                      omega->size(dims - 1) == width && omega->is_contiguous() &&
-                      reinterpret_cast<uintptr_t>(omega->const_data_ptr()) % 16 == 0,
-                  op, ": omega must be contiguous, aligned to 16 bytes, and of 64 or 128 features of D");
+  const Projection projection = projection_of(op, omega, q, Hk);
+  const int64_t M = projection.features;
+  STD_TORCH_CHECK(M <= 128, op, ": causal omega must have 64 or 128 rows");
+  const bool per_head = omega && omega->dim() == 3;
   if (bias) {
     check_like(op, "bias", *bias, ScalarType::Float, q);
-    STD_TORCH_CHECK(bias->is_contiguous() && bias->numel() == (dims == 3 ? Hk * M : M), op,
+    STD_TORCH_CHECK(bias->is_contiguous() && bias->numel() == (per_head ? Hk * M : M), op,
                     ": bias must be contiguous, of omega's shape without D");
   }
   if (mask) {
@@ -1389,7 +1371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   };
   Tensor dq = new_empty(q, {B, H, L, width}, dtype), dk = new_empty(q, {B, Hk, L, width}, dtype),
          dv = new_empty(q, {B, Hk, L, width}, dtype), domega = like(omega), dbias = like(bias);
-  const int64_t tiles = ceil_div(L, tile), heads = B * H, sets = dims == 3 ? Hk : 1;
+  const int64_t tiles = ceil_div(L, tile), heads = B * H, sets = per_head ? Hk : 1;
   bool overlaps = false;  // the kernel before is one of these, and may end while the next begins
   const auto launch = [&](auto kernel, int64_t blocks, int threads, size_t bytes, auto... arguments) {
     STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B, H and L must be smaller");
@@ -1419,11 +1401,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     args.k = rows_of("k", k);
     args.v = rows_of("v", v);
     args.dout = rows_of("dout", dout);
-    args.omega = omega->const_data_ptr();
-    args.wide_omega = wide_omega;
-    args.omega_h = dims == 3 ? F * width : 0;
+    args.projection = projection;
     args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-    args.bias_h = dims == 3 ? F : 0;
+    args.bias_h = per_head ? F : 0;
     args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
     args.dq = static_cast<T*>(dq.mutable_data_ptr());
     args.dk = static_cast<T*>(dk.mutable_data_ptr());
@@ -1477,7 +1457,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       }
     }
     if (Omega && sets > 0) {
-      const int64_t outer = dims == 3 ? B : 1;
+      const int64_t outer = per_head ? B : 1;
       const SlotArgs to_add{floats(slots),
                             floats(slots) + blocks * slot,
                             floats(domega),

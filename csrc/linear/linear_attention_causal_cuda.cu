@@ -469,7 +469,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   const int count = (end.head - tile.head) * of_head + (end.first - tile.first) / Of::rows;
   Copies<Of, T> copies(args, tile, query);
   uint32_t inside = copies.start(args, memory.stages);
-  fill_omega<Of>(args, tile.key_head(args), memory.omega);
+  fill_projection<T, Of::M, Of::threads>(args.projection, tile.key_head(args), memory.omega);
   copies_end();
   wait_for_previous();
   float kv[32], z[2], c[2], bias[2];
@@ -484,8 +484,8 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
     fill_key_bias<Of>(args, stage + Of::matrix, inside, memory.key_bias);
     copies_visible();
     __syncthreads();  // this tile is there, and everyone has left the one before
-    if (args.omega_h != 0 && i > 0 && tile.first == 0) {
-      fill_omega<Of>(args, tile.key_head(args), memory.omega);
+    if (args.projection.head != 0 && i > 0 && tile.first == 0) {
+      fill_projection<T, Of::M, Of::threads>(args.projection, tile.key_head(args), memory.omega);
       copies_end();
       copies_wait<0>();
       copies_visible();

@@ -436,6 +436,7 @@ CASES: tuple[Case, ...] = (
     linear_case("eps", eps=0.1, masked=True),
     linear_case("eps-causal", eps=0.1, causal=True, masked=True, kind="hyperbolic"),
     linear_case("relu-alone", kind="relu", M=None, eps=1e-3),
+    linear_case("exp-alone", kind="exp", M=None, D=64, V=64, scale=0.2),
     linear_case("exp-alone-causal", kind="exp", M=None, causal=True),
     linear_case("elu-alone-causal", kind="elu", M=None, causal=True, scale=0.5),
     linear_case("packed", B=1, L=150, packed=(7, 64, 0, 66, 13)),

@@ -313,8 +313,8 @@ def _cuda_limit(
         dtype = torch.get_autocast_dtype("cuda")
     if dtype not in (torch.float16, torch.bfloat16):
         return str(dtype).removeprefix("torch.")
-    if omega is None or kind not in ("positive", "oprf", "exp"):
-        return f"kind {kind!r}" if omega is not None else f"kind {kind!r} without a projection"
+    if kind not in ("positive", "oprf", "exp"):
+        return f"kind {kind!r}"
     if packed or eps or not normalize:
         return "packed sequences, eps, or sums that are not normalised"
     if causal and dtype == torch.float16:  # which has no room for the small weights of a row before a large key
