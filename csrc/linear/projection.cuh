@@ -25,7 +25,7 @@ __device__ __forceinline__ void fill_projection(const Projection& from, int64_t 
   for (int n = threadIdx.x; n < M * 8; n += Threads) {
     const int row = n / 8, u = n % 8;
     uint4* at = to + row * 8 + (u ^ row % 8);
-    if (from.omega == nullptr) {
+    if (M == 64 && from.omega == nullptr) {
       const uint32_t one = u == row / 8 ? row % 2 == 0 ? pack<T>(1, 0) : pack<T>(0, 1) : 0;
       const int pair = row % 8 / 2;
       *at = {pair == 0 ? one : 0, pair == 1 ? one : 0, pair == 2 ? one : 0, pair == 3 ? one : 0};
