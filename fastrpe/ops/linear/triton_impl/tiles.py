@@ -70,6 +70,17 @@ def load_omega(
 
 
 @triton.jit
+def operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """What was computed, as a product's operand. Tensor cores cut float32 off to TF32, which is rounding to nearest
+    only where this has been done before."""
+    if DTYPE != tl.float32:
+        b_x = b_x.to(DTYPE)
+    elif PRECISION == "tf32" and not NO_BFLOAT16:
+        b_x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [b_x], tl.float32, is_pure=True, pack=1)
+    return b_x
+
+
+@triton.jit
 def project_t(b_omega, b_x, PRECISION: tl.constexpr):
     """W x^T, (BF, BS)."""
     return tl.dot(b_omega, tl.trans(b_x), input_precision=PRECISION)
@@ -116,6 +127,16 @@ def add_columns(b_y, b_x, WIDE: tl.constexpr):
         ones = tl.where(tl.arange(0, 16)[None, :] < 3, 1.0, tl.zeros((b_y.shape[0], 16), tl.float32))
         b_y = tl.dot(ones.to(tl.bfloat16), tl.trans(_three(a, b, c)), b_y)
     return b_y
+
+
+@triton.jit
+def add_exponents(b_p, b_x, exponent, WIDE: tl.constexpr):
+    """exponent p + x[None, :]."""
+    if WIDE:
+        b_p = b_p * exponent + b_x[None, :]
+    else:
+        b_p = add_columns(b_p, b_x / exponent, WIDE) * exponent
+    return b_p
 
 
 @triton.jit
@@ -251,6 +272,21 @@ def state_before(
     return b_kv, b_z, b_c
 
 
+@triton.jit
+def query_weights(b_pq, b_n, b_bias, exponent, WIDE: tl.constexpr):
+    """Weights exp2(exponent p + n + bias - r) of rows over features, (BL, BF), and the integers r."""
+    if WIDE:
+        b_pq = b_pq * exponent + b_bias[None, :]
+        b_r = tl.ceil(tl.max(b_pq + b_n[None, :], 1))
+        b_pq += b_n[None, :] - b_r[:, None]
+        b_pq = tl.exp2(tl.where(b_pq > 1.0, 1.0, b_pq))  # above 0 where no key has been yet
+    else:
+        b_pq = add_columns(b_pq, (b_n + b_bias) / exponent, WIDE) * exponent
+        b_r = tl.ceil(tl.max(b_pq, 1))
+        b_pq = tl.exp2(b_pq - b_r[:, None])
+    return b_pq, b_r
+
+
 # Token by token: exact whatever the keys, and slow -------------------------------------------------------------------
 
 
@@ -384,6 +420,25 @@ def plan(
         q if bias is None else bias, 0 if bias is None or bias.dim() == 1 else M,
         q if mask is None else mask.contiguous().view(torch.uint8), eps, q.dtype, flags,
     )  # fmt: skip
+
+
+def in_float32(
+    q: Tensor,  # (B, H, L, D)
+    v: Tensor,  # (B, Hk, S, V)
+    omega: Tensor | None,  # (M, D) or (Hk, M, D)
+) -> bool:
+    """Whether numbers of 16 bits are computed as float32 ones.
+
+    Sums of fewer than 32 products would not average the roundings of their operands out. Tiles that masks cut off are
+    not left to tensor cores: compiled by Triton 3.6 for Hopper, the products of D = 96 and 33 were wrong.
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if INTERPRETED and q.dtype == torch.bfloat16:  # NumPy has none
+        return True
+    D, V = q.shape[-1], v.shape[-1]
+    M = D if omega is None else omega.shape[-2]
+    return min(D, V, M) < 32 or D != pad(D) or V != pad(V)
 
 
 def pad(n: int) -> int:
