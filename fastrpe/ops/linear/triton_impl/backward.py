@@ -26,6 +26,7 @@ from .tiles import (
     feature_bias,
     half_norm,
     in_float32,
+    landed,
     load_omega,
     load_rows,
     load_state,
@@ -299,7 +300,7 @@ def _domega_kernel(
                 b_t -= phase(o_f, M)[:, None]
             b_ds *= slope(b_t, KIND) * tl.exp2(b_e)[None, :]
         b_db += tl.sum(b_ds, 1)
-        b_dw = tl.dot(operand(b_ds, DTYPE, PRECISION), b_x.to(DTYPE), b_dw, input_precision=PRECISION)
+        b_dw = landed(tl.dot(operand(b_ds, DTYPE, PRECISION), b_x.to(DTYPE), b_dw, input_precision=PRECISION))
     p = (i_bh * splits + i_s) * F + o_f
     m = (o_f < F)[:, None] & (o_d < D)[None, :]
     tl.store(domega + p[:, None] * D + o_d[None, :], b_dw * scale, mask=m)
@@ -412,7 +413,9 @@ def _causal_dq_kernel(
             tl.store(dens + i_bh * L + i + o_l, tl.where(there, b_den, 1.0), mask=m_row)
         if OMEGA:
             b_dw = tl.dot(tl.trans(operand(b_ds, DTYPE, PRECISION)), b_q.to(DTYPE), b_dw, input_precision=PRECISION)
+            b_dw = landed(b_dw)
             b_db += tl.sum(b_ds, 0)
+        b_kv = landed(b_kv)
         b_z += b_sum
         b_c = b_n
     if KIND == EXP:
@@ -608,7 +611,9 @@ def _causal_dk_kernel(
         store_rows(dk + i_bh * L * D, b_dk, i, D, end, D, BL, BD)
         if OMEGA:
             b_dw = tl.dot(tl.trans(operand(b_ds, DTYPE, PRECISION)), b_k.to(DTYPE), b_dw, input_precision=PRECISION)
+            b_dw = landed(b_dw)
             b_db += tl.sum(b_ds, 0)
+        b_kv = landed(b_kv)
         b_z -= b_sum
         b_c = b_n
     if KIND == EXP:
@@ -723,7 +728,7 @@ def linear_attention_bwd(
     need_omega: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, omega, bias, kv and z; those of the last four are empty where not there or needed."""
-    if in_float32(q, v, omega):
+    if in_float32(q, v, omega, kind, causal):
         omega = omega if omega is None else omega.float()
         dq, dk, dv, *others = linear_attention_bwd(
             dout.float(), dkv, dz, q.float(), k.float(), v.float(), omega, kind, causal, scale, bias, eps, normalize,

@@ -21,6 +21,7 @@ from .tiles import (
     feature_bias,
     half_norm,
     in_float32,
+    landed,
     load_omega,
     load_rows,
     load_state,
@@ -333,6 +334,7 @@ def _causal_kernel(
         elif KIND == EXP:
             b_o *= tl.exp2(b_r - half_norm(b_q, scale) if NORM else b_r)[:, None]
         store_rows(p_out, b_o, i, V, end, V, BL, BV)
+        b_kv = landed(b_kv)
         if KIND == EXP:
             vanished = tl.maximum(vanished, tl.where((i + o_l < end) & (b_den < VANISHED), 1, 0))
         b_z += b_sum
@@ -407,7 +409,7 @@ def linear_attention(
     log_scale: Tensor | None,  # (B, Hk, F)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and the state behind the last key."""
-    if in_float32(q, v, omega):
+    if in_float32(q, v, omega, kind, causal):
         omega = omega if omega is None else omega.float()
         out, *last = linear_attention(
             q.float(), k.float(), v.float(), omega, kind, causal, scale, bias, eps, normalize, mask, cu_seqlens,

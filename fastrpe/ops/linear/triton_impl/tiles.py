@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...features.reference import size_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 EMPTY = tl.constexpr(-1e20)  # the maximum of no exponent at all
 MASKED = tl.constexpr(-1e30)  # the exponent of a row that takes no part: far below EMPTY, yet no infinity to subtract
@@ -97,6 +99,18 @@ def half_norm(b_x, scale):
     """|scale x|^2 / 2 of rows, times log2 e."""
     b_x = b_x.to(tl.float32)
     return tl.sum(b_x * b_x, 1) * (0.5 * LOG2E * scale * scale)
+
+
+@triton.jit
+def landed(b_y):
+    """A sum of products, waited for before its loop goes on.
+
+    Triton 3.6 does not wait by itself, and overwrites the rows of the last product with those of a later iteration
+    while tensor cores read them, wherever these rows are read by anything else too.
+    """
+    if not NO_BFLOAT16:
+        b_y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b_y], tl.float32, is_pure=True, pack=1)
+    return b_y
 
 
 # Vectors over the columns of a product take a register for every column of a thread; as a thin product they take none.
@@ -377,12 +391,13 @@ class Plan:
         if causal:
             bfloat16, fits = self.input == torch.bfloat16, F * (self.BD + self.BV) <= 2**14
             # Measured for bfloat16 and F = 128, forward: 64 rows of 4 warps take half the time of 32 of 8.
-            small = wide <= 64 and F <= (128 if bfloat16 and not backward else 64)
+            small = bfloat16 and wide <= 64 and F <= (64 if backward else 128)
             return Tiles(F, 64 if small else 32, True, 4 if small else 8, 2 if fits and bfloat16 else 1)
         if state:
-            features = min(F, 128 if wide <= 128 else 64)
+            features = min(F, 128 if wide <= 128 else 64 if self.input == torch.bfloat16 else 32)
             return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)
-        features = min(F, 256 if wide <= 64 else 8192 * 2 // wide)
+        largest = 256 if wide <= 64 else 8192 * 2 // wide
+        features = min(F, largest if self.input == torch.bfloat16 else 8192 // wide)
         warps = 8 if features * wide > 8192 and wide <= 128 else 4
         return Tiles(features, 16 * warps, features == F, warps, 3 if wide <= 64 else 1)
 
@@ -426,19 +441,24 @@ def in_float32(
     q: Tensor,  # (B, H, L, D)
     v: Tensor,  # (B, Hk, S, V)
     omega: Tensor | None,  # (M, D) or (Hk, M, D)
+    kind: str,
+    causal: bool,
 ) -> bool:
     """Whether numbers of 16 bits are computed as float32 ones.
 
     Sums of fewer than 32 products would not average the roundings of their operands out. Tiles that masks cut off are
-    not left to tensor cores: compiled by Triton 3.6 for Hopper, the products of D = 96 and 33 were wrong.
+    not left to tensor cores: compiled by Triton 3.6 for Hopper, the products of D = 33 and D = 96 were wrong.
     """
     if q.dtype not in (torch.float16, torch.bfloat16):
         return False
     if INTERPRETED and q.dtype == torch.bfloat16:  # NumPy has none
         return True
     D, V = q.shape[-1], v.shape[-1]
-    M = D if omega is None else omega.shape[-2]
-    return min(D, V, M) < 32 or D != pad(D) or V != pad(V)
+    F = size_of(q, omega, kind)
+    if min(D, V, F) < 32 or D != pad(D) or V != pad(V):
+        return True
+    # A causal kernel's tile holds all features; as TF32 it is twice as large.
+    return causal and q.dtype == torch.float16 and pad(F) * (D + V) > 2**14
 
 
 def pad(n: int) -> int:
@@ -446,7 +466,13 @@ def pad(n: int) -> int:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Any strides, but a vector's numbers side by side."""
+    """Any strides, but a vector's numbers side by side; of 16 bits, vectors that asynchronous copies can take whole.
+
+    Triton 3.6 compiles the causal kernels' loops wrongly where it must load number by number.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16) and x.numel():
+        if x.stride(-1) != 1 or x.data_ptr() % 16 or any(n % 16 for n in x.stride()[:-1]):
+            return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
