@@ -394,12 +394,16 @@ class Plan:
             small = bfloat16 and wide <= 64 and F <= (64 if backward else 128)
             return Tiles(F, 64 if small else 32, True, 4 if small else 8, 2 if fits and bfloat16 else 1)
         if state:
-            features = min(F, 128 if wide <= 128 else 64 if self.input == torch.bfloat16 else 32)
+            largest = 128 if wide <= 128 else 64
+            features = min(F, largest if self.input == torch.bfloat16 else 8192 // wide)
             return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)
         largest = 256 if wide <= 64 else 8192 * 2 // wide
-        features = min(F, largest if self.input == torch.bfloat16 else 8192 // wide)
+        if self.input == torch.float16:  # whose products take three of TF32, of operands of 32 bits
+            largest = (8192 if wide <= 64 else 4096) // wide
+        features = min(F, largest)
         warps = 8 if features * wide > 8192 and wide <= 128 else 4
-        return Tiles(features, 16 * warps, features == F, warps, 3 if wide <= 64 else 1)
+        stages = 3 if self.input == torch.bfloat16 else 1
+        return Tiles(features, 16 * warps, features == F, warps, stages if wide <= 64 else 1)
 
 
 def plan(
@@ -427,7 +431,7 @@ def plan(
         "BIASED": bias is not None,
         "MASK": mask is not None,
         "NORMALIZE": normalize,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32x3",
     }
     return Plan(
         B, H, Hk, L, S, D, V, M, 2 * M if twice else M, pad(D), pad(V), code, scale, scale * LOG2E.value,
