@@ -390,8 +390,9 @@ class Plan:
             return Tiles(features, 16, features == F, 4, 1)
         if causal:
             bfloat16, fits = self.input == torch.bfloat16, F * (self.BD + self.BV) <= 2**14
-            # Measured for bfloat16 and F = 128, forward: 64 rows of 4 warps take half the time of 32 of 8.
-            small = bfloat16 and wide <= 64 and F <= (64 if backward else 128)
+            # Measured for bfloat16, D = V = 64 and F = 128, forward: 64 rows of 4 warps take half the time of 32 of 8.
+            # With V = 17 they were wrong, as compiled by Triton 3.6.
+            small = bfloat16 and self.BD == self.BV == 64 and F <= (64 if backward else 128)
             return Tiles(F, 64 if small else 32, True, 4 if small else 8, 2 if fits and bfloat16 else 1)
         if state:
             largest = 128 if wide <= 128 else 64
@@ -450,8 +451,8 @@ def in_float32(
 ) -> bool:
     """Whether numbers of 16 bits are computed as float32 ones.
 
-    Sums of fewer than 32 products would not average the roundings of their operands out. Tiles that masks cut off are
-    not left to tensor cores: compiled by Triton 3.6 for Hopper, the products of D = 33 and D = 96 were wrong.
+    Sums of fewer than 32 products would not average the roundings of their operands out. Rows of other lengths than
+    powers of two do not come by the asynchronous copies that the kernels have been tested with.
     """
     if q.dtype not in (torch.float16, torch.bfloat16):
         return False
