@@ -400,7 +400,7 @@ class Plan:
             return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)
         largest = 256 if wide <= 64 else 8192 * 2 // wide
         if self.input == torch.float16:  # whose products take three of TF32, of operands of 32 bits
-            largest = (8192 if wide <= 64 else 4096) // wide
+            largest = 4096 // wide
         features = min(F, largest)
         warps = 8 if features * wide > 8192 and wide <= 128 else 4
         stages = 3 if self.input == torch.bfloat16 else 1
