@@ -1,9 +1,11 @@
 """Compiles the Triton kernels of linear attention and random features for Hopper, on a machine without a GPU.
 
-Prints each kernel that needs more shared memory than a block has; the interpreter, which runs them in the suite, has no
-such limit. A process of its own: Triton decides when it is imported whether it interprets.
+Prints each kernel that needs more shared memory than a block has, or overwrites rows that a product is reading; the
+interpreter, which runs them in the suite, has no such limit and no such product. A process of its own: Triton decides
+when it is imported whether it interprets.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from fastrpe.ops.linear.triton_impl import backward, forward
 
 LARGEST = 227 * 1024
 found: dict[str, int] = {}
+raced: set[str] = set()
 
 
 class Hopper:
@@ -36,8 +39,30 @@ def compile_only(self: Any, grid: Any) -> Any:
         kernel = self.warmup(*args, grid=(1,), **options)
         name = self.fn.__name__
         found[name] = max(found.get(name, 0), kernel.metadata.shared)
+        if overwrites(kernel.asm["ttgir"], kernel.metadata.num_stages):
+            raced.add(name)
 
     return launch
+
+
+def overwrites(code: str, stages: int) -> bool:
+    """Whether a copy may take a slot that a product, not waited for yet, reads: there is one for every stage or not."""
+    buffers: dict[str, tuple[str, int]] = {}
+    pending: list[tuple[str, ...]] = []
+    for line in code.splitlines():
+        if index := re.search(r"(%\S+) = ttg.memdesc_index (%\w+)\[.*?memdesc<(\d+)x", line):
+            buffers[index[1]] = index[2], int(index[3])
+        elif trans := re.search(r"(%\S+) = ttg.memdesc_trans (%\S+) ", line):
+            buffers[trans[1]] = buffers.get(trans[2], ("", stages))
+        elif dot := re.search(r"ttng.warp_group_dot (%\S+), (%\S+),", line):
+            pending.append((dot[1], dot[2]))
+        elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
+            pending = pending[len(pending) - int(wait[1]) :] if int(wait[1]) else []
+        elif copy := re.search(r"async_copy_global_to_local %\S+, (%\S+)", line):
+            name, slots = buffers.get(copy[1], ("", stages))
+            if slots < stages and any(buffers.get(x, ("",))[0] == name for dot in pending for x in dot):
+                return True
+    return False
 
 
 def attention(dtype: torch.dtype, kind: str, causal: bool, M: int) -> None:
@@ -62,6 +87,8 @@ def main() -> None:
     for name, shared in found.items():
         if shared > LARGEST:
             print(f"{name} needs {shared} bytes of shared memory, a block has {LARGEST}")
+    for name in sorted(raced):
+        print(f"{name} overwrites rows that a product reads")
     print(f"{len(found)} kernels compiled")
 
 

@@ -13,7 +13,6 @@ from .forward import causal_spans, new_state, scan, spans, state, states
 from .tiles import (
     EMPTY,
     EXP,
-    INTERPRETED,
     LOG2E,
     MASKED,
     TRIG,
@@ -21,20 +20,25 @@ from .tiles import (
     Plan,
     State,
     add_columns,
+    add_exponents,
     add_outer,
     add_token,
     feature_bias,
     half_norm,
+    in_float32,
+    landed,
     load_omega,
     load_rows,
     load_state,
     nonlinear,
     on_device,
+    operand,
     phase,
     plan,
     project,
     project_t,
     query_state,
+    query_weights,
     rows,
     slope,
     state_before,
@@ -75,7 +79,7 @@ def _dq_kernel(
         b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
         b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
         b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-        b_u = b_u.to(DTYPE)
+        b_u = operand(b_u, DTYPE, PRECISION)
     for i in steps(i_block * span, end, BL):
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
@@ -93,7 +97,7 @@ def _dq_kernel(
                 b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
                 b_p = project(b_q, b_omega, PRECISION)
-                b_dw = tl.dot(b_dout, tl.trans(b_u.to(DTYPE)), input_precision=PRECISION)
+                b_dw = tl.dot(b_dout, tl.trans(operand(b_u, DTYPE, PRECISION)), input_precision=PRECISION)
                 if KIND == EXP:
                     b_p = b_p * exponent + b_c[None, :]
                     b_n = tl.maximum(b_r, tl.max(b_p, 1))
@@ -115,11 +119,11 @@ def _dq_kernel(
                 b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-                b_u = b_u.to(DTYPE)
+                b_u = operand(b_u, DTYPE, PRECISION)
             b_p = project(b_q, b_omega, PRECISION)
             b_ds = tl.dot(b_dout, tl.trans(b_u), input_precision=PRECISION)
             if KIND == EXP:
-                b_p = add_columns(b_p, b_c / exponent, WIDE) * exponent
+                b_p = add_exponents(b_p, b_c, exponent, WIDE)
                 if ONE:
                     b_r = tl.max(b_p, 1)
                 b_w = tl.exp2(b_p - b_r[:, None])
@@ -152,7 +156,7 @@ def _dq_kernel(
             b_ds = b_ds * b_g[:, None] * (b_w if KIND == EXP else slope(b_t, KIND))
             if NORM and not NORMALIZE:
                 b_total += tl.sum(b_ds, 1)
-            b_dq = tl.dot(b_ds.to(DTYPE), b_omega.to(DTYPE), b_dq, input_precision=PRECISION)
+            b_dq = tl.dot(operand(b_ds, DTYPE, PRECISION), b_omega.to(DTYPE), b_dq, input_precision=PRECISION)
         b_dq *= scale
         if NORM and not NORMALIZE:
             b_dq -= b_q.to(tl.float32) * (b_total * scale * scale)[:, None]
@@ -183,7 +187,7 @@ def _dk_kernel(
         o_f = tl.arange(0, BF)
         b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(k.dtype.element_ty)
         b_u, b_z, b_c = load_state(kv, z, c, i_bh, o_f, F, LOG2E, V, BV)
-        b_u = b_u.to(DTYPE)
+        b_u = operand(b_u, DTYPE, PRECISION)
         if BIASED:
             b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
     for i in steps(i_block * span, end, BL):
@@ -204,19 +208,19 @@ def _dk_kernel(
                 o_f = f + tl.arange(0, BF)
                 b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(k.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_bh, o_f, F, LOG2E, V, BV)
-                b_u = b_u.to(DTYPE)
+                b_u = operand(b_u, DTYPE, PRECISION)
                 if BIASED:
                     b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
             b_p = project(b_k, b_omega, PRECISION)
             if KIND == EXP:
-                b_p = tl.exp2(add_columns(b_p, b_c / exponent, WIDE) * exponent + b_e[:, None])
+                b_p = tl.exp2(add_exponents(b_p, b_c, exponent, WIDE) + b_e[:, None])
             else:
                 b_t = b_p * scale
                 if KIND == TRIG:
                     b_t -= phase(o_f, M)[None, :]
                 b_g = tl.exp2(b_e)[:, None]
                 b_p = nonlinear(b_t, eps, KIND) * b_g
-            b_p_t = b_p.to(DTYPE)  # the one copy that stays in registers
+            b_p_t = operand(b_p, DTYPE, PRECISION)  # the one copy that stays in registers
             b_dv = tl.dot(b_p_t, b_u, b_dv, input_precision=PRECISION)
             b_da = add_columns(tl.dot(b_v, tl.trans(b_u), input_precision=PRECISION), b_z, WIDE)
             if KIND == EXP:
@@ -227,7 +231,7 @@ def _dk_kernel(
                 if KIND == TRIG:
                     b_total += tl.sum(b_da * b_p_t.to(tl.float32), 1)
                 b_da *= slope(b_t, KIND) * b_g
-            b_dk = tl.dot(b_da.to(DTYPE), b_omega.to(DTYPE), b_dk, input_precision=PRECISION)
+            b_dk = tl.dot(operand(b_da, DTYPE, PRECISION), b_omega.to(DTYPE), b_dk, input_precision=PRECISION)
         b_dk *= scale
         if NORM or KIND == TRIG:
             b_dk += b_k.to(tl.float32) * (b_total * scale * scale)[:, None]
@@ -258,7 +262,7 @@ def _domega_kernel(
         b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
     elif BIASED:
         b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
-    b_u = b_u.to(DTYPE)
+    b_u = operand(b_u, DTYPE, PRECISION)
     p_x, p_y = x + i_b * x_b + i_h * x_h, y + i_b * y_b + i_h * y_h
     b_dw = tl.zeros((BF, BD), tl.float32)
     b_db = tl.zeros((BF,), tl.float32)
@@ -296,7 +300,7 @@ def _domega_kernel(
                 b_t -= phase(o_f, M)[:, None]
             b_ds *= slope(b_t, KIND) * tl.exp2(b_e)[None, :]
         b_db += tl.sum(b_ds, 1)
-        b_dw = tl.dot(b_ds.to(DTYPE), b_x.to(DTYPE), b_dw, input_precision=PRECISION)
+        b_dw = landed(tl.dot(operand(b_ds, DTYPE, PRECISION), b_x.to(DTYPE), b_dw, input_precision=PRECISION))
     p = (i_bh * splits + i_s) * F + o_f
     m = (o_f < F)[:, None] & (o_d < D)[None, :]
     tl.store(domega + p[:, None] * D + o_d[None, :], b_dw * scale, mask=m)
@@ -308,7 +312,7 @@ def _domega_kernel(
 
 @triton.jit
 def _causal_dq_kernel(
-    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, domega, dbias, flags,
+    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, dens, domega, dbias, flags,
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -348,30 +352,33 @@ def _causal_dq_kernel(
         if KIND == EXP:
             b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
             b_e = tl.where(m_l, b_e, MASKED)
-            b_pk = b_pk * exponent + b_e[None, :]
-            b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1) + b_bias))
-            b_pk = tl.exp2(b_pk + (b_bias - b_n)[:, None])
+            if WIDE:
+                b_pk = b_pk * exponent + b_bias[:, None] + b_e[None, :]
+                b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1)))
+                b_pk = tl.exp2(b_pk - b_n[:, None])
+            else:
+                b_pk = b_pk * exponent + b_e[None, :]
+                b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1) + b_bias))
+                b_pk = tl.exp2(b_pk + (b_bias - b_n)[:, None])
             b_old = tl.exp2(b_c - b_n)
         else:
             b_pk = nonlinear(b_pk * scale, eps, KIND) * tl.where(m_l, 1.0, 0.0)[None, :]
             b_old = tl.full((BF,), 1.0, tl.float32)
             b_n = b_c
         b_sum = tl.sum(b_pk, 1)
-        b_pk_t = b_pk.to(DTYPE)
+        b_pk_t = operand(b_pk, DTYPE, PRECISION)
         b_kv *= b_old[:, None]
         b_z *= b_old
-        b_s = b_kv.to(DTYPE)
+        b_s = operand(b_kv, DTYPE, PRECISION)
         b_kv = tl.dot(b_pk_t, b_v, b_kv, input_precision=PRECISION)
         b_pq = project(b_q, b_omega, PRECISION)
         if KIND == EXP:
-            b_pq = add_columns(b_pq, (b_n + b_bias) / exponent, WIDE) * exponent
-            b_r = tl.ceil(tl.max(b_pq, 1))
-            b_pq = tl.exp2(b_pq - b_r[:, None])
+            b_pq, b_r = query_weights(b_pq, b_n, b_bias, exponent, WIDE)
         else:
             b_slope = slope(b_pq * scale, KIND)
             b_pq = tl.where((o_f < F)[None, :], nonlinear(b_pq * scale, eps, KIND), 0.0)
             b_r = tl.zeros((BL,), tl.float32)
-        b_pq_t = b_pq.to(DTYPE)
+        b_pq_t = operand(b_pq, DTYPE, PRECISION)
         b_den = times_columns(b_pq_t, b_z, WIDE)
         pair = o_l[:, None] >= o_l[None, :]
         if NORMALIZE:
@@ -394,17 +401,21 @@ def _causal_dq_kernel(
             b_g = tl.full((BL,), 1.0, tl.float32)
             if KIND == EXP:
                 b_g = tl.exp2(b_r - half_norm(b_q, scale) if NORM else b_r)
-        b_ds = tl.dot(b_da.to(DTYPE), tl.trans(b_pk_t), b_ds, input_precision=PRECISION)
+        b_ds = tl.dot(operand(b_da, DTYPE, PRECISION), tl.trans(b_pk_t), b_ds, input_precision=PRECISION)
         b_ds *= (b_pq_t.to(tl.float32) if KIND == EXP else b_slope) * b_g[:, None]
-        b_dq = tl.dot(b_ds.to(DTYPE), b_omega.to(DTYPE), input_precision=PRECISION) * scale
+        b_dq = tl.dot(operand(b_ds, DTYPE, PRECISION), b_omega.to(DTYPE), input_precision=PRECISION) * scale
         if NORM and not NORMALIZE:
             b_dq -= b_q.to(tl.float32) * (tl.sum(b_ds, 1) * scale * scale)[:, None]
         store_rows(p_dq, b_dq, i, D, end, D, BL, BD)
         tl.store(lse + i_bh * L + i + o_l, b_row, mask=m_row)
         tl.store(delta + i_bh * L + i + o_l, b_delta, mask=m_row)
+        if WIDE and KIND == EXP and NORMALIZE:
+            tl.store(dens + i_bh * L + i + o_l, tl.where(there, b_den, 1.0), mask=m_row)
         if OMEGA:
-            b_dw = tl.dot(tl.trans(b_ds.to(DTYPE)), b_q.to(DTYPE), b_dw, input_precision=PRECISION)
+            b_dw = tl.dot(tl.trans(operand(b_ds, DTYPE, PRECISION)), b_q.to(DTYPE), b_dw, input_precision=PRECISION)
+            b_dw = landed(b_dw)
             b_db += tl.sum(b_ds, 0)
+        b_kv = landed(b_kv)
         b_z += b_sum
         b_c = b_n
     if KIND == EXP:
@@ -418,7 +429,7 @@ def _causal_dq_kernel(
 
 @triton.jit
 def _tokens_dq_kernel(
-    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, domega, dbias, flags,
+    dout, q, k, v, omega, bias, mask, kv, z, c, kv0, z0, c0, dq, lse, delta, dens, domega, dbias, flags,
     scale, exponent, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -462,6 +473,7 @@ def _tokens_dq_kernel(
                 b_dq = tl.sum(b_ds[:, None] * b_w, 0) * scale
                 tl.store(p_dq + row * D + o_d, b_dq.to(dq.dtype.element_ty), mask=o_d < D)
                 tl.store(lse + p_row, top + tl.log2(den))
+                tl.store(dens + p_row, den * tl.exp2(top - tl.ceil(top)))
                 tl.store(delta + p_row, mean)
                 b_dw += b_ds[:, None] * b_q[None, :]
                 b_db += b_ds
@@ -475,7 +487,8 @@ def _tokens_dq_kernel(
 
 @triton.jit
 def _causal_dk_kernel(
-    dout, q, k, v, omega, bias, mask, lse, delta, kv, z, c, kv0, z0, c0, dk, dv, kv1, z1, c1, domega, dbias, flags,
+    dout, q, k, v, omega, bias, mask, lse, delta, dens, kv, z, c, kv0, z0, c0, dk, dv, kv1, z1, c1,
+    domega, dbias, flags,
     scale, exponent, eps, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -485,6 +498,8 @@ def _causal_dk_kernel(
 ):  # fmt: skip
     """dk and dv of a span, from the last chunk to the first, and the gradient of the state before it."""
     WIDE: tl.constexpr = DTYPE == tl.float32
+    # Weights relative to an integer, divided afterwards: a row's lse would be rounded to what |lse| has left.
+    SPLIT: tl.constexpr = WIDE and KIND == EXP and NORMALIZE
     pid = tl.program_id(0)
     i_s, i_bh = pid % parts, (pid // parts).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -520,60 +535,85 @@ def _causal_dk_kernel(
         m_l = m_row
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
+        if SPLIT:
+            b_den = tl.load(dens + i_bh * L + i + o_l, mask=m_row, other=1.0)
         b_pq = project_t(b_omega, b_q, PRECISION)
         if KIND == EXP:
             m_row &= b_row > EMPTY
             b_e = -b_row
+            if SPLIT:
+                b_e = -tl.floor(b_row - tl.log2(b_den) + 0.5)
             if NORM and not NORMALIZE:
                 b_e -= half_norm(b_q, scale)
             b_e = tl.where(m_row, b_e, MASKED)
-            b_pq = b_pq * exponent + b_e[None, :]
-            b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pq, 1) + b_bias))
+            b_x = b_pq * exponent
+            b_add = b_bias
+            if WIDE:
+                b_x += b_bias[:, None]
+                b_add = tl.zeros((BF,), tl.float32)
+            b_pq = b_x + b_e[None, :]
+            b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pq, 1) + b_add))
             # What a key's own queries are at least, relative to those of earlier rows that it does not see.
-            b_least = tl.min(tl.where(m_row[None, :], b_pq, -EMPTY), 1) + b_bias
+            b_least = tl.min(tl.where(m_row[None, :], b_pq, -EMPTY), 1) + b_add
             spread = tl.maximum(spread, tl.where(o_f < F, b_n - tl.maximum(b_c, b_least), 0.0))
-            b_pq = tl.exp2(b_pq + (b_bias - b_n)[:, None])
+            if SPLIT:
+                b_pq = tl.exp2(b_x + (b_e[None, :] - b_n[:, None]))
+            else:
+                b_pq = tl.exp2(b_pq + (b_add - b_n)[:, None])
             b_old = tl.exp2(b_c - b_n)
         else:
             b_pq = nonlinear(b_pq * scale, eps, KIND) * tl.where(m_row, b_row, 0.0)[None, :]
             b_pq = tl.where((o_f < F)[:, None], b_pq, 0.0)
             b_old = tl.full((BF,), 1.0, tl.float32)
             b_n = b_c
-        b_sum = tl.sum(b_pq * b_delta[None, :], 1)
-        b_pq_t = b_pq.to(DTYPE)
+        b_g, b_g_delta = b_dout, b_delta
+        if SPLIT:
+            b_g = operand(tl.div_rn(b_dout, tl.broadcast_to(b_den[:, None], b_dout.shape)), DTYPE, PRECISION)
+            b_g_delta = tl.div_rn(b_delta, b_den)
+        b_sum = tl.sum(b_pq * b_g_delta[None, :], 1)
+        b_pq_t = operand(b_pq, DTYPE, PRECISION)
         b_kv *= b_old[:, None]
         b_z *= b_old
-        b_s = b_kv.to(DTYPE)
-        b_kv = tl.dot(b_pq_t, b_dout, b_kv, input_precision=PRECISION)
+        b_s = operand(b_kv, DTYPE, PRECISION)
+        b_kv = tl.dot(b_pq_t, b_g, b_kv, input_precision=PRECISION)
         b_pk = project(b_k, b_omega, PRECISION)
         if KIND == EXP:
             b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
             b_e = tl.where(m_l, b_e, MASKED)
             # Above 0 only for queries of earlier rows, which do not see the key.
-            b_pk = add_columns(b_pk, (b_n + b_bias) / exponent, WIDE) * exponent
-            b_pk = tl.exp2(tl.minimum(b_pk + b_e[:, None], 100.0))
+            if WIDE:
+                b_pk = b_pk * exponent + b_bias[None, :] + b_e[:, None] + b_n[None, :]
+            else:
+                b_pk = add_columns(b_pk, (b_n + b_bias) / exponent, WIDE) * exponent + b_e[:, None]
+            b_pk = tl.exp2(tl.minimum(b_pk, 100.0))
         else:
             m_k = tl.where(m_l, 1.0, 0.0)[:, None]
             b_slope = slope(b_pk * scale, KIND) * m_k
             b_pk = nonlinear(b_pk * scale, eps, KIND) * m_k
-        b_pk_t = b_pk.to(DTYPE)
+        b_pk_t = operand(b_pk, DTYPE, PRECISION)
         pair = o_l[:, None] <= o_l[None, :]
         b_a = tl.where(pair, tl.dot(b_pk_t, b_pq_t, input_precision=PRECISION), 0.0)
+        if SPLIT:
+            b_a = tl.div_rn(b_a, tl.broadcast_to(b_den[None, :], b_a.shape))
         b_dv = tl.dot(b_pk_t, b_s, input_precision=PRECISION)
-        b_dv = tl.dot(b_a.to(DTYPE), b_dout, b_dv, input_precision=PRECISION)
+        b_dv = tl.dot(operand(b_a, DTYPE, PRECISION), b_dout, b_dv, input_precision=PRECISION)
         store_rows(dv + i_bh * L * V, b_dv, i, V, end, V, BL, BV)
         b_da = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION) - b_delta[None, :]
+        if SPLIT:
+            b_da = tl.div_rn(b_da, tl.broadcast_to(b_den[None, :], b_da.shape))
         b_da = tl.where(pair, b_da, 0.0)
         b_ds = add_columns(tl.dot(b_v, tl.trans(b_s), input_precision=PRECISION), b_z, WIDE)
-        b_ds = tl.dot(b_da.to(DTYPE), tl.trans(b_pq_t), b_ds, input_precision=PRECISION)
+        b_ds = tl.dot(operand(b_da, DTYPE, PRECISION), tl.trans(b_pq_t), b_ds, input_precision=PRECISION)
         b_ds *= b_pk_t.to(tl.float32) if KIND == EXP else b_slope
-        b_dk = tl.dot(b_ds.to(DTYPE), b_omega.to(DTYPE), input_precision=PRECISION) * scale
+        b_dk = tl.dot(operand(b_ds, DTYPE, PRECISION), b_omega.to(DTYPE), input_precision=PRECISION) * scale
         if NORM:
             b_dk -= b_k.to(tl.float32) * (tl.sum(b_ds, 1) * scale * scale)[:, None]
         store_rows(dk + i_bh * L * D, b_dk, i, D, end, D, BL, BD)
         if OMEGA:
-            b_dw = tl.dot(tl.trans(b_ds.to(DTYPE)), b_k.to(DTYPE), b_dw, input_precision=PRECISION)
+            b_dw = tl.dot(tl.trans(operand(b_ds, DTYPE, PRECISION)), b_k.to(DTYPE), b_dw, input_precision=PRECISION)
+            b_dw = landed(b_dw)
             b_db += tl.sum(b_ds, 0)
+        b_kv = landed(b_kv)
         b_z -= b_sum
         b_c = b_n
     if KIND == EXP:
@@ -589,7 +629,7 @@ def _causal_dk_kernel(
 
 @triton.jit
 def _tokens_dk_kernel(
-    dout, q, k, v, omega, bias, mask, lse, delta, kv, z, c, kv0, z0, c0, dk, dv, domega, dbias, flags,
+    dout, q, k, v, omega, bias, mask, lse, delta, dens, kv, z, c, kv0, z0, c0, dk, dv, domega, dbias, flags,
     scale, exponent, heads, groups, L, M, F, parts, span,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, omega_h, bias_h,
     D: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -688,7 +728,8 @@ def linear_attention_bwd(
     need_omega: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, omega, bias, kv and z; those of the last four are empty where not there or needed."""
-    if INTERPRETED and q.dtype == torch.bfloat16:  # as in the forward
+    if in_float32(q, v, omega, kind, causal):
+        omega = omega if omega is None else omega.float()
         dq, dk, dv, *others = linear_attention_bwd(
             dout.float(), dkv, dz, q.float(), k.float(), v.float(), omega, kind, causal, scale, bias, eps, normalize,
             mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale, need_omega,
@@ -823,6 +864,7 @@ def causal_gradients(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (q.new_empty((p.B, p.H, p.L, n), dtype=wide) for n in (p.D, p.V))
     lse, delta = (q.new_empty((p.B, p.H, p.L), dtype=torch.float32) for _ in range(2))
+    dens = torch.empty_like(lse)  # lse is an integer and the logarithm of this
     dstate = new_state(q, p, p.B * p.H)
     parts_of = (p.B, p.H, count if need_omega else 0, p.F)
     outs = [[q.new_empty((*parts_of, *n), dtype=torch.float32) for n in ((p.D,), ())] for _ in range(2)]
@@ -842,7 +884,8 @@ def causal_gradients(
         grid = (count * p.B * p.H,)
         flags = torch.empty(grid, dtype=torch.int32, device=q.device)
         tensors = (
-            dout, q, k, v, p.omega, p.bias, p.mask, *parts, *(start or last), dq, lse, delta, *outs[0], flags
+            dout, q, k, v, p.omega, p.bias, p.mask, *parts, *(start or last), dq, lse, delta, dens, *outs[0],
+            flags,
         )  # fmt: skip
         _causal_dq_kernel[grid](*tensors, *numbers, START=start is not None, **common)
         tokens = p.options("NORM SIGNED IDENTITY BIASED MASK") | {"PARTS": count > 1, "OMEGA": need_omega}
@@ -854,7 +897,7 @@ def causal_gradients(
         if count > 1:
             parts, _ = states(p, q, dout, span, (lse, delta))
             scan(p, parts, count, late, prefix=True, backward=True)
-        tensors = dout, q, k, v, p.omega, p.bias, p.mask, lse, delta, *parts, *(late or last), dk, dv
+        tensors = dout, q, k, v, p.omega, p.bias, p.mask, lse, delta, dens, *parts, *(late or last), dk, dv
         _causal_dk_kernel[grid](
             *tensors, *dstate, *outs[1], flags, *numbers, START=late is not None, **common,
         )  # fmt: skip

@@ -8,7 +8,6 @@ from torch import Tensor
 from .tiles import (
     EMPTY,
     EXP,
-    INTERPRETED,
     LOG2E,
     MASKED,
     TRIG,
@@ -16,22 +15,26 @@ from .tiles import (
     Plan,
     State,
     Tiles,
-    add_columns,
+    add_exponents,
     add_states,
     add_token,
     feature_bias,
     half_norm,
+    in_float32,
+    landed,
     load_omega,
     load_rows,
     load_state,
     nonlinear,
     on_device,
+    operand,
     pad,
     phase,
     plan,
     project,
     project_t,
     query_state,
+    query_weights,
     rows,
     state_before,
     steps,
@@ -116,7 +119,7 @@ def _state_kernel(
             b_z -= tl.sum(b_p * b_delta[None, :], 1)
         else:
             b_z += tl.sum(b_p, 1)
-        b_kv = tl.dot(b_p.to(DTYPE), b_y, b_kv, input_precision=PRECISION)
+        b_kv = tl.dot(operand(b_p, DTYPE, PRECISION), b_y, b_kv, input_precision=PRECISION)
     if QUERIES and KIND == TRIG:
         b_c = tl.zeros((BF,), tl.float32)
     if BIASED:
@@ -188,13 +191,13 @@ def _rows_kernel(
             if i_block == 0 and i_h % groups == 0:
                 store_state(kv1, z1, c1, b_kv, b_z, b_c, i_state, o_f, F, 1.0 / LOG2E, V, BV)
         b_u, b_z, b_c = query_state(b_kv, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-        b_u = b_u.to(DTYPE)
+        b_u = operand(b_u, DTYPE, PRECISION)
     for i in steps(i_block * span, end, BL):
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         if ONE:
             b_p = project(b_q, b_omega, PRECISION)
             if KIND == EXP:
-                b_p = add_columns(b_p, b_c / exponent, WIDE) * exponent
+                b_p = add_exponents(b_p, b_c, exponent, WIDE)
                 b_r = tl.max(b_p, 1)
                 b_w = tl.exp2(b_p - b_r[:, None])
                 b_den = tl.sum(b_w, 1)
@@ -206,7 +209,7 @@ def _rows_kernel(
                     b_r += tl.max(b_c, 0)
                 b_w = nonlinear(b_t, eps, KIND)
                 b_den = tl.sum(b_w * b_z[None, :], 1)
-            b_o = tl.dot(b_w.to(DTYPE), b_u, input_precision=PRECISION)
+            b_o = tl.dot(operand(b_w, DTYPE, PRECISION), b_u, input_precision=PRECISION)
         else:
             b_o = tl.zeros((BL, BV), tl.float32)
             b_den = tl.zeros((BL,), tl.float32)
@@ -232,7 +235,9 @@ def _rows_kernel(
                         b_r = tl.maximum(b_r * 0.0 + tl.max(b_c, 0), EMPTY)
                     b_w = nonlinear(b_t, eps, KIND)
                     b_den += tl.sum(b_w * b_z[None, :], 1)
-                b_o = tl.dot(b_w.to(DTYPE), b_u.to(DTYPE), b_o, input_precision=PRECISION)
+                b_o = tl.dot(
+                    operand(b_w, DTYPE, PRECISION), operand(b_u, DTYPE, PRECISION), b_o, input_precision=PRECISION
+                )
         if NORMALIZE:
             b_o = b_o / tl.where(b_den == 0.0, 1.0, b_den)[:, None]
         elif KIND == EXP:
@@ -259,7 +264,8 @@ def _causal_kernel(
     """Rows of a span, chunk by chunk, from the state before it.
 
     A chunk's features are relative to c, the maximum over its own and all earlier keys, rounded up to an integer: a
-    power of two, so that it rounds no result differently. Where later keys of a chunk are larger than all that its
+    power of two, so that it rounds no result differently. In float32 an exponent is rounded once, before integers are
+    taken off, and so is the same wherever it is computed. Where later keys of a chunk are larger than all that its
     earlier rows see, by 2^80 and more, these rows' sums vanish, and a flag asks for the span token by token.
     """
     WIDE: tl.constexpr = DTYPE == tl.float32
@@ -291,40 +297,48 @@ def _causal_kernel(
         if KIND == EXP:
             b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
             b_e = tl.where(m_l, b_e, MASKED)
-            b_pk = b_pk * exponent + b_e[None, :]
-            b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1) + b_bias))
-            b_pk = tl.exp2(b_pk + (b_bias - b_n)[:, None])
+            if WIDE:
+                b_pk = b_pk * exponent + b_bias[:, None] + b_e[None, :]
+                b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1)))
+                b_pk = tl.exp2(b_pk - b_n[:, None])
+            else:
+                b_pk = b_pk * exponent + b_e[None, :]
+                b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1) + b_bias))
+                b_pk = tl.exp2(b_pk + (b_bias - b_n)[:, None])
             b_old = tl.exp2(b_c - b_n)
         else:
             b_pk = nonlinear(b_pk * scale, eps, KIND) * tl.where(m_l, 1.0, 0.0)[None, :]
             b_old = tl.full((BF,), 1.0, tl.float32)
             b_n = b_c
         b_sum = tl.sum(b_pk, 1)
-        b_pk = b_pk.to(DTYPE)
+        b_pk = operand(b_pk, DTYPE, PRECISION)
         b_kv *= b_old[:, None]
         b_z *= b_old
-        b_s = b_kv.to(DTYPE)
+        b_s = operand(b_kv, DTYPE, PRECISION)
         b_kv = tl.dot(b_pk, b_v, b_kv, input_precision=PRECISION)
         b_pq = project(b_q, b_omega, PRECISION)
         if KIND == EXP:
-            b_pq = add_columns(b_pq, (b_n + b_bias) / exponent, WIDE) * exponent
-            b_r = tl.ceil(tl.max(b_pq, 1))
-            b_pq = tl.exp2(b_pq - b_r[:, None])
+            b_pq, b_r = query_weights(b_pq, b_n, b_bias, exponent, WIDE)
         else:
             b_pq = tl.where((o_f < F)[None, :], nonlinear(b_pq * scale, eps, KIND), 0.0)
             b_r = tl.zeros((BL,), tl.float32)
-        b_pq = b_pq.to(DTYPE)
+        b_pq = operand(b_pq, DTYPE, PRECISION)
         b_den = times_columns(b_pq, b_z, WIDE)
         b_a = tl.dot(b_pq, b_pk, input_precision=PRECISION)
         b_a = tl.where(o_l[:, None] >= o_l[None, :], b_a, 0.0)
         b_den += tl.sum(b_a, 1)
         b_o = tl.dot(b_pq, b_s, input_precision=PRECISION)
-        b_o = tl.dot(b_a.to(DTYPE), b_v, b_o, input_precision=PRECISION)
-        if NORMALIZE:
-            b_o = b_o / tl.where(b_den == 0.0, 1.0, b_den)[:, None]
-        elif KIND == EXP:
+        b_norm = tl.where(b_den == 0.0, 1.0, b_den)
+        if WIDE and NORMALIZE:  # divided first: the weight of a row's one key is 1, and its value stays as it is
+            b_o = tl.div_rn(b_o, tl.broadcast_to(b_norm[:, None], b_o.shape))
+            b_a = tl.div_rn(b_a, tl.broadcast_to(b_norm[:, None], b_a.shape))
+        b_o = tl.dot(operand(b_a, DTYPE, PRECISION), b_v, b_o, input_precision=PRECISION)
+        if NORMALIZE and not WIDE:
+            b_o = b_o / b_norm[:, None]
+        elif not NORMALIZE and KIND == EXP:
             b_o *= tl.exp2(b_r - half_norm(b_q, scale) if NORM else b_r)[:, None]
         store_rows(p_out, b_o, i, V, end, V, BL, BV)
+        b_kv = landed(b_kv)
         if KIND == EXP:
             vanished = tl.maximum(vanished, tl.where((i + o_l < end) & (b_den < VANISHED), 1, 0))
         b_z += b_sum
@@ -372,7 +386,11 @@ def _tokens_kernel(
             b_o = tl.sum(b_w_q[:, None] * b_kv, 0)
             if NORMALIZE:
                 den = tl.sum(b_w_q * b_z, 0)
-                b_o = b_o / tl.where(den == 0.0, 1.0, den)
+                den = tl.where(den == 0.0, 1.0, den)
+                b_o = b_o / den
+                # What the sum's roundings left, so that a row's one key gives its value; nothing of infinite values.
+                b_rest = tl.sum(b_w_q[:, None] * (b_kv - b_z[:, None] * b_o[None, :]), 0) / den
+                b_o += tl.where(b_rest == b_rest, b_rest, 0.0)
             else:
                 b_o *= tl.exp2(top - tl.sum(b_q * b_q, 0) * (0.5 * LOG2E * scale * scale) if NORM else top)
             tl.store(p_out + row * V + o_v, b_o.to(out.dtype.element_ty), mask=o_v < V)
@@ -399,7 +417,8 @@ def linear_attention(
     log_scale: Tensor | None,  # (B, Hk, F)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and the state behind the last key."""
-    if INTERPRETED and q.dtype == torch.bfloat16:  # NumPy has none
+    if in_float32(q, v, omega, kind, causal):
+        omega = omega if omega is None else omega.float()
         out, *last = linear_attention(
             q.float(), k.float(), v.float(), omega, kind, causal, scale, bias, eps, normalize, mask, cu_seqlens,
             kv, z, log_scale,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...features.reference import size_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 EMPTY = tl.constexpr(-1e20)  # the maximum of no exponent at all
 MASKED = tl.constexpr(-1e30)  # the exponent of a row that takes no part: far below EMPTY, yet no infinity to subtract
@@ -70,6 +72,17 @@ def load_omega(
 
 
 @triton.jit
+def operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """What was computed, as a product's operand. Tensor cores cut float32 off to TF32, which is rounding to nearest
+    only where this has been done before."""
+    if DTYPE != tl.float32:
+        b_x = b_x.to(DTYPE)
+    elif PRECISION == "tf32" and not NO_BFLOAT16:
+        b_x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [b_x], tl.float32, is_pure=True, pack=1)
+    return b_x
+
+
+@triton.jit
 def project_t(b_omega, b_x, PRECISION: tl.constexpr):
     """W x^T, (BF, BS)."""
     return tl.dot(b_omega, tl.trans(b_x), input_precision=PRECISION)
@@ -86,6 +99,18 @@ def half_norm(b_x, scale):
     """|scale x|^2 / 2 of rows, times log2 e."""
     b_x = b_x.to(tl.float32)
     return tl.sum(b_x * b_x, 1) * (0.5 * LOG2E * scale * scale)
+
+
+@triton.jit
+def landed(b_y):
+    """A sum of products, waited for before its loop goes on.
+
+    Triton 3.6 does not wait by itself, and overwrites the rows of the last product with those of a later iteration
+    while tensor cores read them, wherever these rows are read by anything else too.
+    """
+    if not NO_BFLOAT16:
+        b_y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b_y], tl.float32, is_pure=True, pack=1)
+    return b_y
 
 
 # Vectors over the columns of a product take a register for every column of a thread; as a thin product they take none.
@@ -116,6 +141,16 @@ def add_columns(b_y, b_x, WIDE: tl.constexpr):
         ones = tl.where(tl.arange(0, 16)[None, :] < 3, 1.0, tl.zeros((b_y.shape[0], 16), tl.float32))
         b_y = tl.dot(ones.to(tl.bfloat16), tl.trans(_three(a, b, c)), b_y)
     return b_y
+
+
+@triton.jit
+def add_exponents(b_p, b_x, exponent, WIDE: tl.constexpr):
+    """exponent p + x[None, :]."""
+    if WIDE:
+        b_p = b_p * exponent + b_x[None, :]
+    else:
+        b_p = add_columns(b_p, b_x / exponent, WIDE) * exponent
+    return b_p
 
 
 @triton.jit
@@ -251,6 +286,21 @@ def state_before(
     return b_kv, b_z, b_c
 
 
+@triton.jit
+def query_weights(b_pq, b_n, b_bias, exponent, WIDE: tl.constexpr):
+    """Weights exp2(exponent p + n + bias - r) of rows over features, (BL, BF), and the integers r."""
+    if WIDE:
+        b_pq = b_pq * exponent + b_bias[None, :]
+        b_r = tl.ceil(tl.max(b_pq + b_n[None, :], 1))
+        b_pq += b_n[None, :] - b_r[:, None]
+        b_pq = tl.exp2(tl.where(b_pq > 1.0, 1.0, b_pq))  # above 0 where no key has been yet
+    else:
+        b_pq = add_columns(b_pq, (b_n + b_bias) / exponent, WIDE) * exponent
+        b_r = tl.ceil(tl.max(b_pq, 1))
+        b_pq = tl.exp2(b_pq - b_r[:, None])
+    return b_pq, b_r
+
+
 # Token by token: exact whatever the keys, and slow -------------------------------------------------------------------
 
 
@@ -340,15 +390,21 @@ class Plan:
             return Tiles(features, 16, features == F, 4, 1)
         if causal:
             bfloat16, fits = self.input == torch.bfloat16, F * (self.BD + self.BV) <= 2**14
-            # Measured for bfloat16 and F = 128, forward: 64 rows of 4 warps take half the time of 32 of 8.
-            small = wide <= 64 and F <= (128 if bfloat16 and not backward else 64)
+            # Measured for bfloat16, D = V = 64 and F = 128, forward: 64 rows of 4 warps take half the time of 32 of 8.
+            # With V = 17 they were wrong, as compiled by Triton 3.6.
+            small = bfloat16 and self.BD == self.BV == 64 and F <= (64 if backward else 128)
             return Tiles(F, 64 if small else 32, True, 4 if small else 8, 2 if fits and bfloat16 else 1)
         if state:
-            features = min(F, 128 if wide <= 128 else 64)
+            largest = 128 if wide <= 128 else 64
+            features = min(F, largest if self.input == torch.bfloat16 else 8192 // wide)
             return Tiles(features, 64, features == F, 8 if features > 64 else 4, 3 if wide <= 64 else 2)
-        features = min(F, 256 if wide <= 64 else 8192 * 2 // wide)
+        largest = 256 if wide <= 64 else 8192 * 2 // wide
+        if self.input == torch.float16:  # whose products take three of TF32, of operands of 32 bits
+            largest = 4096 // wide
+        features = min(F, largest)
         warps = 8 if features * wide > 8192 and wide <= 128 else 4
-        return Tiles(features, 16 * warps, features == F, warps, 3 if wide <= 64 else 1)
+        stages = 3 if self.input == torch.bfloat16 else 1
+        return Tiles(features, 16 * warps, features == F, warps, stages if wide <= 64 else 1)
 
 
 def plan(
@@ -376,7 +432,7 @@ def plan(
         "BIASED": bias is not None,
         "MASK": mask is not None,
         "NORMALIZE": normalize,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32x3",
     }
     return Plan(
         B, H, Hk, L, S, D, V, M, 2 * M if twice else M, pad(D), pad(V), code, scale, scale * LOG2E.value,
@@ -386,12 +442,42 @@ def plan(
     )  # fmt: skip
 
 
+def in_float32(
+    q: Tensor,  # (B, H, L, D)
+    v: Tensor,  # (B, Hk, S, V)
+    omega: Tensor | None,  # (M, D) or (Hk, M, D)
+    kind: str,
+    causal: bool,
+) -> bool:
+    """Whether numbers of 16 bits are computed as float32 ones.
+
+    Sums of fewer than 32 products would not average the roundings of their operands out. Rows of other lengths than
+    powers of two do not come by the asynchronous copies that the kernels have been tested with.
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if INTERPRETED and q.dtype == torch.bfloat16:  # NumPy has none
+        return True
+    D, V = q.shape[-1], v.shape[-1]
+    F = size_of(q, omega, kind)
+    if min(D, V, F) < 32 or D != pad(D) or V != pad(V):
+        return True
+    # A causal kernel's tile holds all features; as TF32 it is twice as large.
+    return causal and q.dtype == torch.float16 and pad(F) * (D + V) > 2**14
+
+
 def pad(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
 def rows(x: Tensor) -> Tensor:
-    """Any strides, but a vector's numbers side by side."""
+    """Any strides, but a vector's numbers side by side; of 16 bits, vectors that asynchronous copies can take whole.
+
+    Triton 3.6 compiles the causal kernels' loops wrongly where it must load number by number.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16) and x.numel():
+        if x.stride(-1) != 1 or x.data_ptr() % 16 or any(n % 16 for n in x.stride()[:-1]):
+            return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
