@@ -447,6 +447,11 @@ CASES: tuple[Case, ...] = (
     linear_case("one-feature-causal", M=1, causal=True),
     linear_case("one-token", L=1, causal=True),
     linear_case("one-coordinate", D=1, V=1),
+    *(
+        linear_case(f"heads-of-{D}" + "-causal" * causal, H=2, Hk=1, L=150, D=D, V=D, M=128, causal=causal)
+        for D in (32, 128)
+        for causal in (False, True)
+    ),
     linear_case("ragged-causal", L=129, D=33, V=17, M=67, causal=True),
     linear_case("many", B=1, L=40, D=96, V=80, M=300),
     linear_case("group-8", H=8, Hk=1, causal=True),
