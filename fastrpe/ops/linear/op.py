@@ -144,7 +144,7 @@ def _gradients(
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
-    if causal and backend == "native" and q.is_cuda and not _has_causal_gradients(q, omega, kv, dkv, dz):
+    if backend == "native" and q.is_cuda and not _has_gradients(q, omega, causal, kv, dkv, dz):
         backend = "triton"
     prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
@@ -172,12 +172,12 @@ def _gradients(
     return dq, dk, dv, domega, da, dkv0, dz0
 
 
-def _has_causal_gradients(
-    q: Tensor, omega: Tensor | None, kv: Tensor | None, dkv: Tensor | None, dz: Tensor | None
+def _has_gradients(
+    q: Tensor, omega: Tensor | None, causal: bool, kv: Tensor | None, dkv: Tensor | None, dz: Tensor | None
 ) -> bool:
-    """Whether CUDA kernels have the gradients of a causal call that they take forwards; Triton's have the others."""
+    """Whether CUDA kernels have the gradients of a call that they take forwards; Triton's have the others."""
     few = omega is None or omega.shape[-2] <= 128
-    return q.dtype == torch.bfloat16 and few and kv is None and dkv is None and dz is None
+    return kv is None and dkv is None and dz is None and (few or not causal)
 
 
 def _linear_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
