@@ -72,8 +72,9 @@ struct Layout {
   static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;        // numbers between warpgroups
   static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
   static constexpr int omega_blocks = M > 64 ? M > 128 ? 1 : 2 : 3;  // of keys with dW
-  static constexpr size_t omega_bytes = 16 * (tile * features / 8);  // that those need more
   static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
+  static constexpr size_t omega_bytes =
+      16 * (2 * matrix + key_stages * 2 * slab + tile * features / 8) + 4 * (M * width + 2 * M);
 };
 
 // Of queries with dW: two warpgroups share a tile where one would have too few registers.
@@ -547,7 +548,6 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     copies_end();
   };
   const auto key_head = [&](const Place& at) { return at.i_b * (args.heads / args.groups) + at.i_h / args.groups; };
-  // Part of the group of copies that ends next.
   const auto start_state = [&](uint32_t n) {
     if (n < units.end) {
       const int64_t state = key_head(Place(args, units[n])) * M;
@@ -560,6 +560,25 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
         copy_async<4>(next_z + threadIdx.x, args.z + state + threadIdx.x, true);
         copy_async<4>(next_scale + threadIdx.x, args.log_scale + state + threadIdx.x, true);
       }
+    }
+    copies_end();
+  };
+  // Makes U and the exponents of it.
+  const auto take_state = [&](uint32_t n) {
+#pragma unroll
+    for (int n = 0; n < Of::matrix; n += Of::threads) {
+      const int f = (n + threadIdx.x) / 8, u = threadIdx.x % 8;
+      const float z = next_z[f], factor = z > 0.0f ? 1.0f / z : 0.0f;
+      const float4* kv = reinterpret_cast<const float4*>(next_kv + f * width + u * 8);
+      const float4 a = kv[0], b = kv[1];
+      means[piece(f, u)] = {pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
+                            pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor)};
+    }
+    if (threadIdx.x < M) {
+      const float z = next_z[threadIdx.x];
+      const float bias =
+          args.bias == nullptr ? 0.0f : args.bias[Place(args, units[n]).i_h / args.groups * args.bias_h + threadIdx.x];
+      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : none;
     }
   };
   start_state(units.begin);
@@ -589,94 +608,86 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     }
     products_end();
   };
-  // Of the products, what a row needs to know of a warpgroup's features: the largest exponent, the sum of weights
-  // relative to that and with ds, and the largest of ds.
-  float top[2], total[2], delta[2], size[2];
-  const auto weigh = [&] {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      top[r] = -INFINITY;
-      total[r] = delta[r] = 0.0f;
-      size[r] = 1e-30f;
-    }
-#pragma unroll
-    for (int j = 0; j < F / 8; ++j) {
-      const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
-        w[4 * j + 2 * r + 1] = fmaf(w[4 * j + 2 * r + 1], exponent, c.y);
-        top[r] = fmaxf(top[r], fmaxf(w[4 * j + 2 * r], w[4 * j + 2 * r + 1]));
-      }
-    }
-    top[0] = max_row(top[0]);
-    top[1] = max_row(top[1]);
-#pragma unroll
-    for (int i = 0; i < F / 2; ++i) {
-      w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
-      total[i / 2 % 2] += w[i];
-    }
-#pragma unroll
-    for (int i = 0; i < F / 2; ++i) {
-      delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
-      if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
-        size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      total[r] = sum_row(total[r]);
-      delta[r] = sum_row(delta[r]);
-      size[r] = is_half ? max_row(size[r]) : 1.0f;
-      if (Of::groups > 1 && t == 0) {
-        rows[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r], delta[r], size[r]};
-      }
-    }
-    if constexpr (is_half) {
-      float largest = fmaxf(size[0], size[1]);
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
-      }
-      if (lane == 0) {
-        sizes[threadIdx.x / 32] = largest;
-      }
-    }
-  };
-  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
-    const Place at(args, units[n_unit]);
-    const int i_k = at.i_h / args.groups;
-    copies_wait<0>();
-    __syncthreads();  // the state and the first tile are there
-#pragma unroll
-    for (int n = 0; n < Of::matrix; n += Of::threads) {
-      const int f = (n + threadIdx.x) / 8, u = threadIdx.x % 8;
-      const float z = next_z[f], factor = z > 0.0f ? 1.0f / z : 0.0f;
-      const float4* kv = reinterpret_cast<const float4*>(next_kv + f * width + u * 8);
-      const float4 a = kv[0], b = kv[1];
-      means[piece(f, u)] = {pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
-                            pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor)};
-    }
-    if (threadIdx.x < M) {
-      const float z = next_z[threadIdx.x];
-      const float bias = args.bias == nullptr ? 0.0f : args.bias[i_k * args.bias_h + threadIdx.x];
-      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : none;
-    }
-    copies_visible();
-    __syncthreads();  // U is there, and the state has been read
-    start_state(n_unit + 1);
-    project(stages + stage * 2 * slab);
+  copies_wait<0>();
+  __syncthreads();  // the state and the first tile are there
+  take_state(units.begin);
+  copies_visible();
+  __syncthreads();  // U is there, and the state has been read
+  start_state(units.begin + 1);
+  if constexpr (Of::all) {
+    project(stages);
     products_wait(w);
     products_wait(ds);
-    weigh();
+  }
+  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
+    const Place at(args, units[n_unit]);
     float dmeans[F / 2] = {};  // dU^T, 64 x F
     float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
     for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
       const uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
       stage = stage + 1 == Of::stages ? 0 : stage + 1;
-      const bool more = i_tile + 1 < at.end;
-      __syncthreads();  // the other's rows are there, and no product reads the tile before, its weights and gradients
+      const bool last = i_tile + 1 == at.end && n_unit + 1 < units.end;
+      if constexpr (!Of::all) {  // no registers for the next tile's products beside this one's
+        project(tile_q);
+        products_wait(w);
+        products_wait(ds);
+      }
+      // What a row needs to know of a warpgroup's features: the largest exponent, the sum of weights relative to that
+      // and the same with ds, and the largest of ds.
+      float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, delta[2] = {}, size[2] = {1e-30f, 1e-30f};
+#pragma unroll
+      for (int j = 0; j < F / 8; ++j) {
+        const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
+          w[4 * j + 2 * r + 1] = fmaf(w[4 * j + 2 * r + 1], exponent, c.y);
+          top[r] = fmaxf(top[r], fmaxf(w[4 * j + 2 * r], w[4 * j + 2 * r + 1]));
+        }
+      }
+      top[0] = max_row(top[0]);
+      top[1] = max_row(top[1]);
+#pragma unroll
+      for (int i = 0; i < F / 2; ++i) {
+        w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
+        total[i / 2 % 2] += w[i];
+      }
+#pragma unroll
+      for (int i = 0; i < F / 2; ++i) {
+        delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
+        if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
+          size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        total[r] = sum_row(total[r]);
+        delta[r] = sum_row(delta[r]);
+        size[r] = is_half ? max_row(size[r]) : 1.0f;
+        if (Of::groups > 1 && t == 0) {
+          rows[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r], delta[r], size[r]};
+        }
+      }
+      if constexpr (is_half) {
+        float largest = fmaxf(size[0], size[1]);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
+        }
+        if (lane == 0) {
+          sizes[threadIdx.x / 32] = largest;
+        }
+      }
+      if (last) {
+        copies_wait<0>();
+      }
+      // The other's rows are there, as the next unit's state, and no product reads U, the tile before, its weights and
+      // its gradients.
+      __syncthreads();
       start_next();
+      if (last) {
+        take_state(n_unit + 1);
+      }
       float inverse[2];  // of the sum of a row
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -737,7 +748,10 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       }
       copies_wait<Of::stages - 2>();
       copies_visible();
-      __syncthreads();  // all weights and gradients are there, and the next tile
+      __syncthreads();  // all weights and gradients are there, and the next tile and its U
+      if (last) {
+        start_state(n_unit + 2);
+      }
       float dq[32];
       products_begin();
       if constexpr (Of::all) {
@@ -758,66 +772,62 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
                                  operand(gradients + base / 64 * slab + s * 128, 16 * slab), true);
       }
       products_end();
-      if constexpr (Of::all) {
-#pragma unroll
-        for (int s = 0; s < tile / 16; ++s) {
-          // Columns of b other than 0 and 1 are zero.
-          const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
-          const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
-#pragma unroll
-          for (int n = 0; n < F / 64; ++n) {
-            const int f = base + warp * (F / 4) + n * 16;
-            uint32_t a[4];
-            load_matrices<true>(
-                a, weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
-            multiply_warp<T>(dy[n], a, b0, b1);
-          }
-        }
-        products_wait<1>(dq);
+      if constexpr (!Of::all) {
+        products_wait(domega);
+        continue;
       }
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        // Columns of b other than 0 and 1 are zero.
+        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
+        const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
+#pragma unroll
+        for (int n = 0; n < F / 64; ++n) {
+          const int f = base + warp * (F / 4) + n * 16;
+          uint32_t a[4];
+          load_matrices<true>(a,
+                              weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
+          multiply_warp<T>(dy[n], a, b0, b1);
+        }
+      }
+      products_wait<1>(dq);
       project(stages + stage * 2 * slab);
-      if constexpr (Of::all) {
-        // Of two warpgroups with half a sum each, either finishes 32 columns.
-        constexpr int columns = width / Of::groups;
-        float y[columns / 2];
-        if constexpr (Of::groups > 1) {
+      // Of two warpgroups with half a sum each, either finishes 32 columns.
+      constexpr int columns = width / Of::groups;
+      float y[columns / 2];
+      if constexpr (Of::groups > 1) {
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
-          }
-          __syncthreads();
+        for (int i = 0; i < 16; ++i) {
+          half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
         }
-#pragma unroll
-        for (int i = 0; i < columns / 2; ++i) {
-          if constexpr (Of::groups > 1) {
-            y[i] = (group == 0 ? dq[i] : dq[16 + i]) + half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
-          } else {
-            y[i] = dq[i];
-          }
-        }
-        const float factor[2] = {args.scale * size[0], args.scale * size[1]};
-#pragma unroll
-        for (int s = 0; s < columns / 16; ++s) {
-          uint32_t x[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
-          }
-          store_matrices(results + piece(named, group * 4 + s * 2 + half), x);
-        }
-        __syncwarp();
-        const int64_t first = static_cast<int64_t>(i_tile) * tile;
-        const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
-        store_rows<columns / 8>(results, warp * 16, group * 4, count,
-                                args.dx + (at.head * args.length + first) * width);
+        __syncthreads();
       }
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i) {
+        if constexpr (Of::groups > 1) {
+          y[i] = (group == 0 ? dq[i] : dq[16 + i]) + half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
+        } else {
+          y[i] = dq[i];
+        }
+      }
+      const float factor[2] = {args.scale * size[0], args.scale * size[1]};
+#pragma unroll
+      for (int s = 0; s < columns / 16; ++s) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
+        }
+        store_matrices(results + piece(named, group * 4 + s * 2 + half), x);
+      }
+      __syncwarp();
+      const int64_t first = static_cast<int64_t>(i_tile) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      store_rows<columns / 8>(results, warp * 16, group * 4, count, args.dx + (at.head * args.length + first) * width);
       products_wait(domega);
       products_wait(dmeans);
       products_wait(w);
       products_wait(ds);
-      if (more) {
-        weigh();
-      }
     }
     if constexpr (Of::all) {
       float* part = args.parts + static_cast<int64_t>(units[n_unit]) * (M * (width + 1));
@@ -1110,13 +1120,14 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   constexpr bool is_half = std::is_same_v<T, Half>, inputs = M == F;
   constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
   extern __shared__ __align__(1024) uint4 memory[];
-  uint4* omega = memory;                                  // rows of features
-  uint4* dmeans = omega + Of::matrix;                     // dU, rows of features
-  uint4* stages = dmeans + Of::matrix;                    // k and v of each
-  uint4* gradients = stages + Of::key_stages * 2 * slab;  // ds, rows of keys, a slab for 64 features
-  float* exponents = reinterpret_cast<float*>(gradients + tile * F / 8);
+  uint4* omega = memory;                                                  // rows of features
+  uint4* dmeans = omega + Of::matrix;                                     // dU, rows of features
+  uint4* stages = dmeans + Of::matrix;                                    // k and v of each
+  uint4* gradients = stages + Of::key_stages * 2 * slab;                  // ds, rows of keys, a slab for 64 features
+  float* next_part = reinterpret_cast<float*>(gradients + tile * F / 8);  // the sum of dU for the next unit
+  float* exponents = next_part + M * width;
   float* dy = exponents + M;
-  float* largest = dy + M;  // of each warp
+  float* largest = reinterpret_cast<float*>(gradients);  // of each warp
 
   const Units units(args);
   uint32_t unit_ahead = units.begin;
@@ -1143,7 +1154,21 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   for (int i = 1; i < Of::key_stages; ++i) {
     start_next();
   }
+  // Each thread copies what it will read.
+  const auto start_part = [&](uint32_t n) {
+    if (n < units.end) {
+      const float* part = args.parts + Place(args, units[n]).head * (M * (width + 1));
+#pragma unroll
+      for (int i = 0; i < M / 16; ++i) {
+        const int at = (i * threads + threadIdx.x) * 8;
+        copy_async<16>(next_part + at, part + at, args.count > 0);
+        copy_async<16>(next_part + at + 4, part + at + 4, args.count > 0);
+      }
+    }
+    copies_end();
+  };
   wait_for_previous();  // which sums dU and y; k, v and omega are older
+  start_part(units.begin);
 
   const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
   const int named = warp * 16 + lane % 16, half = lane / 16;
@@ -1155,13 +1180,26 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
     const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
     float back = 1.0f, share = 1.0f;  // what undoes the scaling of float16
     {
-      const float* part = args.parts + at.head * (M * (width + 1));
-      const auto* pieces = reinterpret_cast<const Vec<float, 8>*>(part);
+      constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
+      float y[own] = {}, c[own] = {};
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        const int f = i * threads + threadIdx.x;
+        if (f < M) {
+          y[i] = args.count > 0 ? args.parts[at.head * (M * (width + 1)) + M * width + f] : 0.0f;
+          const float z = args.z[at.head * M + f], log_scale = args.log_scale[at.head * M + f];
+          const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
+          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + shift : none;
+        }
+      }
+      copies_wait<0>();
+      const auto* pieces = reinterpret_cast<const Vec<float, 8>*>(next_part);
       float factor = 1.0f;
       if constexpr (is_half) {
         float top = 1e-30f;
-        for (int f = threadIdx.x; f < M; f += threads) {
-          top = fmaxf(top, fabsf(part[M * width + f]) / 16);
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+          top = fmaxf(top, fabsf(y[i]) / 16);
         }
 #pragma unroll
         for (int i = 0; i < M / 16; ++i) {
@@ -1192,13 +1230,16 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
             pack<T>(x[0] * factor, x[1] * factor), pack<T>(x[2] * factor, x[3] * factor),
             pack<T>(x[4] * factor, x[5] * factor), pack<T>(x[6] * factor, x[7] * factor)};
       }
-      for (int f = threadIdx.x; f < M; f += threads) {
-        dy[f] = part[M * width + f] * factor;
-        const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
-        const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
-        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        const int f = i * threads + threadIdx.x;
+        if (f < M) {
+          dy[f] = y[i] * factor;
+          exponents[f] = c[i];
+        }
       }
     }
+    start_part(n_unit + 1);
     if constexpr (is_half) {  // the sum over units is relative to the largest so far
       const float most = fmaxf(common, back);
 #pragma unroll
@@ -1629,8 +1670,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       }
       if (need_omega) {
         sums.keys = walk(key_omega, B * Hk, multiprocessors * Of::omega_blocks / chunks);
-        launch(key_omega_kernel<T, M>, sets * args.walkers, chunks, Of::key_threads, Of::key_bytes + Of::omega_bytes,
-               args);
+        launch(key_omega_kernel<T, M>, sets * args.walkers, chunks, Of::key_threads, Of::omega_bytes, args);
       }
     }
     if (need_omega && sets > 0) {
