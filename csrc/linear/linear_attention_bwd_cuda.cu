@@ -202,6 +202,9 @@ struct Place {
     begin = unit % args.blocks * args.share;
     end = static_cast<int>(min(static_cast<int64_t>(begin) + args.share, (args.length + tile - 1) / tile));
   }
+
+  __device__ __forceinline__ Place(int64_t head, int64_t i_b, int i_h, int begin, int end)
+      : head(head), i_b(i_b), i_h(i_h), begin(begin), end(end) {}
 };
 
 // The units that a block takes in turn for dW: numbers [begin, end) of a set's.
@@ -219,6 +222,16 @@ struct Units {
 
   __device__ __forceinline__ uint32_t operator[](uint32_t n) const {
     return (n / inner * sets + set) * inner + n % inner;
+  }
+
+  // In 32 bits, since blocks ask for it over and over.
+  template <typename T>
+  __device__ __forceinline__ Place place(const Args<T>& args, uint32_t n) const {
+    const uint32_t unit = (*this)[n], head = unit / args.blocks, i_b = head / args.heads;
+    const int begin = unit % args.blocks * args.share;
+    const int64_t tiles = (args.length + tile - 1) / tile;
+    return {head, i_b, static_cast<int>(head - i_b * args.heads), begin,
+            static_cast<int>(min(static_cast<int64_t>(begin) + args.share, tiles))};
   }
 };
 
@@ -531,7 +544,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
   const Units units(args);
   uint32_t unit_ahead = units.begin;
-  Place ahead(args, units[unit_ahead]);  // what is copied next
+  Place ahead = units.place(args, unit_ahead);  // what is copied next
   int next_stage = 0, stage = 0;
   const auto start_next = [&] {
     if (ahead.begin < ahead.end) {
@@ -542,19 +555,20 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       fetch<Of::threads>(args.y.at(ahead.i_b, ahead.i_h) + first * args.y.l, args.y.l, count, to + slab);
       next_stage = next_stage + 1 == Of::stages ? 0 : next_stage + 1;
       if (++ahead.begin == ahead.end && unit_ahead + 1 < units.end) {
-        ahead = Place(args, units[++unit_ahead]);
+        ahead = units.place(args, ++unit_ahead);
       }
     }
     copies_end();
   };
-  const auto key_head = [&](const Place& at) { return at.i_b * (args.heads / args.groups) + at.i_h / args.groups; };
+  // Starts to copy what unit n needs of its key head.
   const auto start_state = [&](uint32_t n) {
     if (n < units.end) {
-      const int64_t state = key_head(Place(args, units[n])) * M;
+      const Place at = units.place(args, n);
+      const int64_t state = (at.i_b * (args.heads / args.groups) + at.i_h / args.groups) * M;
 #pragma unroll
       for (int i = 0; i < M * width / 4; i += Of::threads) {
-        const int at = (i + threadIdx.x) * 4;
-        copy_async<16>(next_kv + at, args.kv + state * width + at, true);
+        const int x = (i + threadIdx.x) * 4;
+        copy_async<16>(next_kv + x, args.kv + state * width + x, true);
       }
       if (threadIdx.x < M) {
         copy_async<4>(next_z + threadIdx.x, args.z + state + threadIdx.x, true);
@@ -563,11 +577,11 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     }
     copies_end();
   };
-  // Makes U and the exponents of it.
+  // Makes U and the exponents of unit n of that.
   const auto take_state = [&](uint32_t n) {
 #pragma unroll
-    for (int n = 0; n < Of::matrix; n += Of::threads) {
-      const int f = (n + threadIdx.x) / 8, u = threadIdx.x % 8;
+    for (int i = 0; i < Of::matrix; i += Of::threads) {
+      const int f = (i + threadIdx.x) / 8, u = threadIdx.x % 8;
       const float z = next_z[f], factor = z > 0.0f ? 1.0f / z : 0.0f;
       const float4* kv = reinterpret_cast<const float4*>(next_kv + f * width + u * 8);
       const float4 a = kv[0], b = kv[1];
@@ -577,7 +591,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     if (threadIdx.x < M) {
       const float z = next_z[threadIdx.x];
       const float bias =
-          args.bias == nullptr ? 0.0f : args.bias[Place(args, units[n]).i_h / args.groups * args.bias_h + threadIdx.x];
+          args.bias == nullptr ? 0.0f : args.bias[units.place(args, n).i_h / args.groups * args.bias_h + threadIdx.x];
       exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : none;
     }
   };
@@ -620,7 +634,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     products_wait(ds);
   }
   for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
-    const Place at(args, units[n_unit]);
+    const Place at = units.place(args, n_unit);
     float dmeans[F / 2] = {};  // dU^T, 64 x F
     float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
     for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
@@ -681,8 +695,8 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       if (last) {
         copies_wait<0>();
       }
-      // The other's rows are there, as the next unit's state, and no product reads U, the tile before, its weights and
-      // its gradients.
+      // The other's rows and the next unit's state are there, and no product reads U, the tile before, its weights or
+      // its gradients any more.
       __syncthreads();
       start_next();
       if (last) {
@@ -746,20 +760,23 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
           store_matrices(weights + place, x);
         }
       }
+      float dq[32];
+      if constexpr (Of::all) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dq, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
+        }
+        products_end();
+      }
       copies_wait<Of::stages - 2>();
       copies_visible();
       __syncthreads();  // all weights and gradients are there, and the next tile and its U
       if (last) {
         start_state(n_unit + 2);
       }
-      float dq[32];
       products_begin();
       if constexpr (Of::all) {
-#pragma unroll
-        for (int s = 0; s < F / 16; ++s) {
-          multiply<T, Inner::b>(dq, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
-        }
-        products_end();
 #pragma unroll
         for (int s = 0; s < tile / 16; ++s) {
           multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
@@ -776,6 +793,8 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
         products_wait(domega);
         continue;
       }
+      // Of two warpgroups with half a sum each, either finishes 32 columns.
+      constexpr int columns = width / Of::groups;
 #pragma unroll
       for (int s = 0; s < tile / 16; ++s) {
         // Columns of b other than 0 and 1 are zero.
@@ -791,9 +810,8 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
         }
       }
       products_wait<1>(dq);
+      // After the last tile in vain: a branch would keep the products from running in the background.
       project(stages + stage * 2 * slab);
-      // Of two warpgroups with half a sum each, either finishes 32 columns.
-      constexpr int columns = width / Of::groups;
       float y[columns / 2];
       if constexpr (Of::groups > 1) {
 #pragma unroll
@@ -1127,11 +1145,11 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   float* next_part = reinterpret_cast<float*>(gradients + tile * F / 8);  // the sum of dU for the next unit
   float* exponents = next_part + M * width;
   float* dy = exponents + M;
-  float* largest = reinterpret_cast<float*>(gradients);  // of each warp
+  float* largest = reinterpret_cast<float*>(gradients);  // of each warp, while there is no ds
 
   const Units units(args);
   uint32_t unit_ahead = units.begin;
-  Place ahead(args, units[unit_ahead]);  // what is copied next
+  Place ahead = units.place(args, unit_ahead);  // what is copied next
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   int next_stage = 0, stage = 0;
   const auto start_next = [&] {
@@ -1144,7 +1162,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
       fetch<threads>(args.y.at(ahead.i_b, ahead.i_h) + first * args.y.l, args.y.l, count, to + slab, mask);
       next_stage = next_stage + 1 == Of::key_stages ? 0 : next_stage + 1;
       if (++ahead.begin == ahead.end && unit_ahead + 1 < units.end) {
-        ahead = Place(args, units[++unit_ahead]);
+        ahead = units.place(args, ++unit_ahead);
       }
     }
     copies_end();
@@ -1157,7 +1175,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   // Each thread copies what it will read.
   const auto start_part = [&](uint32_t n) {
     if (n < units.end) {
-      const float* part = args.parts + Place(args, units[n]).head * (M * (width + 1));
+      const float* part = args.parts + units.place(args, n).head * (M * (width + 1));
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
         const int at = (i * threads + threadIdx.x) * 8;
@@ -1176,7 +1194,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   float domega[F / 2] = {};              // dW^T, 64 x F
   float common = is_half ? 0.0f : 1.0f;  // what the latter is divided by
   for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
-    const Place at(args, units[n_unit]);
+    const Place at = units.place(args, n_unit);
     const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
     float back = 1.0f, share = 1.0f;  // what undoes the scaling of float16
     {
