@@ -18,9 +18,10 @@
 //   features  dU_f = sum_i w_if dout_i,  y_f = sum_i w_if delta_i
 //   keys      dv = a dU,  ds = a (v dU^T - y),  dk = scale ds W - scale^2 k sum_f ds
 //
-// One kernel takes queries, another keys, each in one pass over memory; for dW = scale (ds^T q + ds^T k) both take
-// another pass. A block leaves its part of dU and y, or of dW, in a slot of its own; slots are added in order, so the
-// result is deterministic.
+// One kernel takes queries, another keys, each in one pass over memory. Tiles of a head side by side are a unit, which
+// leaves its part of dU and y in a slot of its own. Where dW = scale (ds^T q + ds^T k) is wanted too, a block takes
+// several units whose heads have the same projection, and leaves the sum over them in a slot. Slots are added in order,
+// so the result is deterministic. With 256 features the registers do not hold all of that, and dW takes another pass.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -49,13 +50,15 @@ struct Args {
   const float *kv, *z, *log_scale;  // (B, Hk, M, V) and (B, Hk, M)
   const bool* mask;                 // of keys, (B, S), or null
   float* parts;                     // slots of dU and y, (B, H, blocks, M (V + 1)), or (B, Hk, count, M (V + 1))
-  float* omega_parts;               // slots of dW, (B, H or Hk, blocks, M, D)
+  float* omega_parts;               // slots of dW, (sets, walkers, M, D)
   T *dx, *dy;                       // dq, or dk and dv; contiguous
   int64_t length;
   int heads, groups;  // heads of x, and query heads of a key head
-  int blocks, share;  // of a head, and the tiles that a block takes
+  int blocks, share;  // units of a head, and the tiles of one
   int count;
   float scale, norm;  // norm is 1 where exponents have -|x|^2 / 2, else 0
+  // For dW, units are (outer, sets, inner); each of a set's `walkers` blocks takes `taken` of the set's `units`.
+  int sets, inner, units, walkers, taken;
 };
 
 template <int M>
@@ -68,9 +71,22 @@ struct Layout {
   static constexpr int query_blocks = M > 64 ? 256 / M : 3, key_blocks = M > 128 ? 2 : 3;  // of a multiprocessor
   static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;        // numbers between warpgroups
   static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
-  static constexpr int omega_blocks = M > 128 ? 1 : 2;               // of keys
-  static constexpr size_t omega_bytes = 16 * (tile * features / 8);  // that those need more
+  static constexpr int omega_blocks = M > 64 ? M > 128 ? 1 : 2 : 3;  // of keys with dW
   static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
+  static constexpr size_t omega_bytes =
+      16 * (2 * matrix + key_stages * 2 * slab + tile * features / 8) + 4 * (M * width + 2 * M);
+};
+
+// Of queries with dW: two warpgroups share a tile where one would have too few registers.
+template <int M>
+struct OmegaLayout {
+  static constexpr bool all = M <= 128;  // else dW alone
+  static constexpr int groups = M > 64 ? 2 : 1, features = M / groups;
+  static constexpr int threads = 128 * groups, stages = 3, blocks = M > 64 ? 1 : 2;
+  static constexpr int matrix = M * width / 8;
+  static constexpr int halves = all && groups > 1 ? 2 * 16 * 128 : 0;  // numbers between warpgroups
+  static constexpr size_t bytes = 16 * ((all ? 4 : 3) * matrix + stages * 2 * slab + (all ? slab : 0)) +
+                                  4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + tile);
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -173,18 +189,49 @@ __device__ __forceinline__ void multiply_warp(float (&c)[4], const uint32_t (&a)
   }
 }
 
-// The place of a block: its head, and tiles [begin, end) of it.
+// The place of a unit: its head, and tiles [begin, end) of it.
 struct Place {
   int64_t head, i_b;
   int i_h, begin, end;
 
   template <typename T>
-  __device__ __forceinline__ explicit Place(const Args<T>& args) {
-    head = blockIdx.x / args.blocks;
+  __device__ __forceinline__ Place(const Args<T>& args, uint32_t unit) {
+    head = unit / args.blocks;
     i_b = head / args.heads;
     i_h = static_cast<int>(head % args.heads);
-    begin = blockIdx.x % args.blocks * args.share;
+    begin = unit % args.blocks * args.share;
     end = static_cast<int>(min(static_cast<int64_t>(begin) + args.share, (args.length + tile - 1) / tile));
+  }
+
+  __device__ __forceinline__ Place(int64_t head, int64_t i_b, int i_h, int begin, int end)
+      : head(head), i_b(i_b), i_h(i_h), begin(begin), end(end) {}
+};
+
+// The units that a block takes in turn for dW: numbers [begin, end) of a set's.
+struct Units {
+  uint32_t set, sets, inner, begin, end;
+
+  template <typename T>
+  __device__ __forceinline__ explicit Units(const Args<T>& args) {
+    set = blockIdx.x / args.walkers;
+    sets = args.sets;
+    inner = args.inner;
+    begin = blockIdx.x % args.walkers * args.taken;
+    end = min(begin + args.taken, static_cast<uint32_t>(args.units));
+  }
+
+  __device__ __forceinline__ uint32_t operator[](uint32_t n) const {
+    return (n / inner * sets + set) * inner + n % inner;
+  }
+
+  // In 32 bits, since blocks ask for it over and over.
+  template <typename T>
+  __device__ __forceinline__ Place place(const Args<T>& args, uint32_t n) const {
+    const uint32_t unit = (*this)[n], head = unit / args.blocks, i_b = head / args.heads;
+    const int begin = unit % args.blocks * args.share;
+    const int64_t tiles = (args.length + tile - 1) / tile;
+    return {head, i_b, static_cast<int>(head - i_b * args.heads), begin,
+            static_cast<int>(min(static_cast<int64_t>(begin) + args.share, tiles))};
   }
 };
 
@@ -192,8 +239,7 @@ struct Place {
 
 // Queries -------------------------------------------------------------------------------------------------------------
 
-// With Omega a part of dW takes the place of all other results.
-template <typename T, int M, bool Omega>
+template <typename T, int M>
 __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blocks)
     query_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -209,10 +255,8 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   T* deltas = reinterpret_cast<T*>(exponents + M);  // delta as the sum of two numbers of 16 bits, (2, tile)
   float2* row_sums = reinterpret_cast<float2*>(deltas + 2 * tile);                // (groups, tile)
   float* half_products = reinterpret_cast<float*>(row_sums + Of::groups * tile);  // (groups, 16, 128)
-  // Without the barrier of dU's product, a warpgroup may still read row_sums when the other writes these.
-  float2* row_deltas = Omega ? reinterpret_cast<float2*>(half_products) : row_sums;
 
-  const Place at(args);
+  const Place at(args, blockIdx.x);
   // A warpgroup has all rows of a tile, and of the features those from `base` on.
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
@@ -255,8 +299,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   const float exponent = args.scale * log2e;
   // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
   const int named = warp * 16 + lane % 16, half = lane / 16;
-  float dmeans[F / 2] = {};  // dU^T or dW^T, 64 x F
-  float common = 1.0f;       // what the latter is divided by
+  float dmeans[F / 2] = {};  // dU^T, 64 x F
   let_next_begin();
   float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
@@ -329,26 +372,18 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
         w[8 * s + 2 * i + 1] *= inverse[i % 2];
         x[i] = pack<T>(w[8 * s + 2 * i], w[8 * s + 2 * i + 1]);
       }
-      if constexpr (!Omega) {
-        store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
-      }
+      store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
     }
-    // dU^T += y^T weights
-    const auto add_product = [&](const uint4* y) {
-      copies_visible();
-      __syncthreads();  // all weights are there
-      products_begin();
+    copies_visible();
+    __syncthreads();  // all weights are there
+    products_begin();
 #pragma unroll
-      for (int s = 0; s < tile / 16; ++s) {
-        multiply<T, Inner::both>(dmeans, operand(y + s * 128), operand(weights + base / 64 * slab + s * 128, 16 * slab),
-                                 true);
-      }
-      products_end();
-    };
-    if constexpr (!Omega) {
-      add_product(tile_dout);
+    for (int s = 0; s < tile / 16; ++s) {
+      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
+                               operand(weights + base / 64 * slab + s * 128, 16 * slab), true);
     }
-    products_wait<Omega ? 0 : 1>(ds);
+    products_end();
+    products_wait<1>(ds);
 
     float delta[2] = {}, size[2] = {1.0f, 1.0f};
 #pragma unroll
@@ -368,37 +403,18 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     }
     if constexpr (Of::groups > 1) {
       if (t == 0) {
-        row_deltas[group * tile + warp * 16 + g] = {delta[0], size[0]};
-        row_deltas[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
+        row_sums[group * tile + warp * 16 + g] = {delta[0], size[0]};
+        row_sums[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
       }
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float2 other = row_deltas[(1 - group) * tile + warp * 16 + g + 8 * r];
+        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
         delta[r] += other.x;
         size[r] = fmaxf(size[r], other.y);
       }
     }
-    if constexpr (Omega && is_half) {                   // the sum over rows is relative to the largest so far
-      float* sizes = reinterpret_cast<float*>(deltas);  // of each warp
-      float largest = fmaxf(size[0], size[1]);
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
-      }
-      if (group == 0 && lane == 0) {
-        sizes[warp] = largest;
-      }
-      __syncthreads();
-      largest = fmaxf(fmaxf(sizes[0], sizes[1]), fmaxf(sizes[2], sizes[3]));
-      largest = i_tile == at.begin ? largest : fmaxf(largest, common);
-#pragma unroll
-      for (float& x : dmeans) {
-        x *= common / largest;
-      }
-      common = size[0] = size[1] = largest;
-    }
-    if (!Omega && group == 0 && t == 0) {
+    if (group == 0 && t == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const T high = static_cast<T>(delta[r]);
@@ -422,14 +438,6 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
         }
         fragments[s][i] = pack<T>(x[0], x[1]);
       }
-      if constexpr (Omega) {
-        store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), fragments[s]);
-      }
-    }
-    if constexpr (Omega) {
-      add_product(tile_q);
-      products_wait(dmeans);
-      continue;
     }
     float dq[32];
     products_begin();
@@ -490,20 +498,377 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
   }
 
-  float* part = Omega ? args.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width)
-                      : args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
-  const float factor = Omega ? args.scale * common : 1.0f;
+  float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
 #pragma unroll
   for (int i = 0; i < F / 2; ++i) {
-    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i] * factor;
+    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
   }
-  if (!Omega && t == 0) {
+  if (t == 0) {
 #pragma unroll
     for (int n = 0; n < F / 64; ++n) {
       const int f = base + warp * (F / 4) + n * 16 + g;
       part[M * width + f] = dy[n][0] + dy[n][1];
       part[M * width + f + 8] = dy[n][2] + dy[n][3];
     }
+  }
+#endif
+}
+
+// The same with dW, or for 256 features dW alone. Products of the next tile begin before those of this one end: there
+// are few other warps on the multiprocessor to hide them.
+template <typename T, int M>
+__global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::blocks)
+    query_omega_kernel(const Args<T> args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Of = OmegaLayout<M>;
+  constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr int F = Of::features;
+  extern __shared__ __align__(1024) uint4 memory[];
+  uint4* omega = memory;                    // rows of features
+  uint4* means = omega + Of::matrix;        // U, rows of features
+  uint4* gradients = means + Of::matrix;    // ds, rows of queries, a slab for 64 features
+  uint4* weights = gradients + Of::matrix;  // w, the same
+  uint4* stages = Of::all ? weights + Of::matrix : weights;
+  uint4* results = stages + Of::stages * 2 * slab;                            // dq
+  float* next_kv = reinterpret_cast<float*>(results + (Of::all ? slab : 0));  // of the next unit, as its z and scale
+  float* next_z = next_kv + M * width;
+  float* next_scale = next_z + M;
+  float* exponents = next_scale + M;
+  float4* rows = reinterpret_cast<float4*>(exponents + M);                    // (groups, tile)
+  float* half_products = reinterpret_cast<float*>(rows + Of::groups * tile);  // (groups, 16, 128)
+  float* sizes = half_products + Of::halves;                                  // of each warp
+  T* deltas = reinterpret_cast<T*>(sizes + 8);  // delta as the sum of two numbers of 16 bits, (2, tile)
+
+  // A warpgroup has all rows of a tile, and of the features those from `base` on.
+  const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+  const Units units(args);
+  uint32_t unit_ahead = units.begin;
+  Place ahead = units.place(args, unit_ahead);  // what is copied next
+  int next_stage = 0, stage = 0;
+  const auto start_next = [&] {
+    if (ahead.begin < ahead.end) {
+      const int64_t first = static_cast<int64_t>(ahead.begin) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      uint4* to = stages + next_stage * 2 * slab;
+      fetch<Of::threads>(args.x.at(ahead.i_b, ahead.i_h) + first * args.x.l, args.x.l, count, to);
+      fetch<Of::threads>(args.y.at(ahead.i_b, ahead.i_h) + first * args.y.l, args.y.l, count, to + slab);
+      next_stage = next_stage + 1 == Of::stages ? 0 : next_stage + 1;
+      if (++ahead.begin == ahead.end && unit_ahead + 1 < units.end) {
+        ahead = units.place(args, ++unit_ahead);
+      }
+    }
+    copies_end();
+  };
+  // Starts to copy what unit n needs of its key head.
+  const auto start_state = [&](uint32_t n) {
+    if (n < units.end) {
+      const Place at = units.place(args, n);
+      const int64_t state = (at.i_b * (args.heads / args.groups) + at.i_h / args.groups) * M;
+#pragma unroll
+      for (int i = 0; i < M * width / 4; i += Of::threads) {
+        const int x = (i + threadIdx.x) * 4;
+        copy_async<16>(next_kv + x, args.kv + state * width + x, true);
+      }
+      if (threadIdx.x < M) {
+        copy_async<4>(next_z + threadIdx.x, args.z + state + threadIdx.x, true);
+        copy_async<4>(next_scale + threadIdx.x, args.log_scale + state + threadIdx.x, true);
+      }
+    }
+    copies_end();
+  };
+  // Makes U and the exponents of unit n of that.
+  const auto take_state = [&](uint32_t n) {
+#pragma unroll
+    for (int i = 0; i < Of::matrix; i += Of::threads) {
+      const int f = (i + threadIdx.x) / 8, u = threadIdx.x % 8;
+      const float z = next_z[f], factor = z > 0.0f ? 1.0f / z : 0.0f;
+      const float4* kv = reinterpret_cast<const float4*>(next_kv + f * width + u * 8);
+      const float4 a = kv[0], b = kv[1];
+      means[piece(f, u)] = {pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
+                            pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor)};
+    }
+    if (threadIdx.x < M) {
+      const float z = next_z[threadIdx.x];
+      const float bias =
+          args.bias == nullptr ? 0.0f : args.bias[units.place(args, n).i_h / args.groups * args.bias_h + threadIdx.x];
+      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : none;
+    }
+  };
+  start_state(units.begin);
+  fill_projection<T, M, Of::threads>(args.projection, ahead.i_h / args.groups, omega);
+#pragma unroll
+  for (int i = 1; i < Of::stages; ++i) {
+    start_next();
+  }
+  let_next_begin();
+
+  const float exponent = args.scale * log2e;
+  // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
+  const int named = warp * 16 + lane % 16, half = lane / 16;
+  float domega[F / 2] = {};              // dW^T, 64 x F
+  float common = is_half ? 0.0f : 1.0f;  // what it is divided by
+  float w[F / 2], ds[F / 2];
+  const auto project = [&](const uint4* tile_q) {
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < width / 16; ++s) {
+      multiply<T>(w, operand(tile_q + s * 2), operand(omega + base * 8 + s * 2), s > 0);
+    }
+    products_end();
+#pragma unroll
+    for (int s = 0; s < width / 16; ++s) {
+      multiply<T>(ds, operand(tile_q + slab + s * 2), operand(means + base * 8 + s * 2), s > 0);
+    }
+    products_end();
+  };
+  copies_wait<0>();
+  __syncthreads();  // the state and the first tile are there
+  take_state(units.begin);
+  copies_visible();
+  __syncthreads();  // U is there, and the state has been read
+  start_state(units.begin + 1);
+  if constexpr (Of::all) {
+    project(stages);
+    products_wait(w);
+    products_wait(ds);
+  }
+  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
+    const Place at = units.place(args, n_unit);
+    float dmeans[F / 2] = {};  // dU^T, 64 x F
+    float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
+    for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
+      const uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
+      stage = stage + 1 == Of::stages ? 0 : stage + 1;
+      const bool last = i_tile + 1 == at.end && n_unit + 1 < units.end;
+      if constexpr (!Of::all) {  // no registers for the next tile's products beside this one's
+        project(tile_q);
+        products_wait(w);
+        products_wait(ds);
+      }
+      // What a row needs to know of a warpgroup's features: the largest exponent, the sum of weights relative to that
+      // and the same with ds, and the largest of ds.
+      float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, delta[2] = {}, size[2] = {1e-30f, 1e-30f};
+#pragma unroll
+      for (int j = 0; j < F / 8; ++j) {
+        const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
+          w[4 * j + 2 * r + 1] = fmaf(w[4 * j + 2 * r + 1], exponent, c.y);
+          top[r] = fmaxf(top[r], fmaxf(w[4 * j + 2 * r], w[4 * j + 2 * r + 1]));
+        }
+      }
+      top[0] = max_row(top[0]);
+      top[1] = max_row(top[1]);
+#pragma unroll
+      for (int i = 0; i < F / 2; ++i) {
+        w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
+        total[i / 2 % 2] += w[i];
+      }
+#pragma unroll
+      for (int i = 0; i < F / 2; ++i) {
+        delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
+        if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
+          size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        total[r] = sum_row(total[r]);
+        delta[r] = sum_row(delta[r]);
+        size[r] = is_half ? max_row(size[r]) : 1.0f;
+        if (Of::groups > 1 && t == 0) {
+          rows[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r], delta[r], size[r]};
+        }
+      }
+      if constexpr (is_half) {
+        float largest = fmaxf(size[0], size[1]);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
+        }
+        if (lane == 0) {
+          sizes[threadIdx.x / 32] = largest;
+        }
+      }
+      if (last) {
+        copies_wait<0>();
+      }
+      // The other's rows and the next unit's state are there, and no product reads U, the tile before, its weights or
+      // its gradients any more.
+      __syncthreads();
+      start_next();
+      if (last) {
+        take_state(n_unit + 1);
+      }
+      float inverse[2];  // of the sum of a row
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float factor = 1.0f;
+        if constexpr (Of::groups > 1) {
+          const float4 other = rows[(1 - group) * tile + warp * 16 + g + 8 * r];
+          const float all = fmaxf(top[r], other.x), other_factor = exp2_approximate(other.x - all);
+          factor = exp2_approximate(top[r] - all);
+          total[r] = total[r] * factor + other.y * other_factor;
+          delta[r] = delta[r] * factor + other.z * other_factor;
+          size[r] = fmaxf(size[r], other.w);
+        }
+        inverse[r] = __fdividef(factor, total[r]);
+        delta[r] = __fdividef(delta[r], total[r]);
+      }
+      if constexpr (is_half) {  // the sum over rows is relative to the largest so far
+        float largest = common;
+#pragma unroll
+        for (int i = 0; i < 4 * Of::groups; ++i) {
+          largest = fmaxf(largest, sizes[i]);
+        }
+#pragma unroll
+        for (float& x : domega) {
+          x *= common / largest;
+        }
+        common = largest;
+      }
+      if (Of::all && group == 0 && t == 0) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const T high = static_cast<T>(delta[r]);
+          deltas[warp * 16 + g + 8 * r] = high;
+          deltas[tile + warp * 16 + g + 8 * r] = static_cast<T>(delta[r] - static_cast<float>(high));
+        }
+      }
+      const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]}, common_scale = 1.0f / common;
+      uint32_t fragments[F / 16][4];
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+        uint32_t x[4], y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float w0 = w[8 * s + 2 * i] * inverse[i % 2], w1 = w[8 * s + 2 * i + 1] * inverse[i % 2];
+          const float x0 = w0 * (ds[8 * s + 2 * i] - delta[i % 2]), x1 = w1 * (ds[8 * s + 2 * i + 1] - delta[i % 2]);
+          x[i] = pack<T>(w0, w1);
+          if constexpr (is_half) {
+            fragments[s][i] = pack<T>(x0 * row_scale[i % 2], x1 * row_scale[i % 2]);
+            y[i] = pack<T>(x0 * common_scale, x1 * common_scale);
+          } else {
+            y[i] = fragments[s][i] = pack<T>(x0, x1);
+          }
+        }
+        const int place = (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half);
+        store_matrices(gradients + place, y);
+        if constexpr (Of::all) {
+          store_matrices(weights + place, x);
+        }
+      }
+      float dq[32];
+      if constexpr (Of::all) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dq, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
+        }
+        products_end();
+      }
+      copies_wait<Of::stages - 2>();
+      copies_visible();
+      __syncthreads();  // all weights and gradients are there, and the next tile and its U
+      if (last) {
+        start_state(n_unit + 2);
+      }
+      products_begin();
+      if constexpr (Of::all) {
+#pragma unroll
+        for (int s = 0; s < tile / 16; ++s) {
+          multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
+                                   operand(weights + base / 64 * slab + s * 128, 16 * slab), true);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        multiply<T, Inner::both>(domega, operand(tile_q + s * 128),
+                                 operand(gradients + base / 64 * slab + s * 128, 16 * slab), true);
+      }
+      products_end();
+      if constexpr (!Of::all) {
+        products_wait(domega);
+        continue;
+      }
+      // Of two warpgroups with half a sum each, either finishes 32 columns.
+      constexpr int columns = width / Of::groups;
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        // Columns of b other than 0 and 1 are zero.
+        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
+        const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
+#pragma unroll
+        for (int n = 0; n < F / 64; ++n) {
+          const int f = base + warp * (F / 4) + n * 16;
+          uint32_t a[4];
+          load_matrices<true>(a,
+                              weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
+          multiply_warp<T>(dy[n], a, b0, b1);
+        }
+      }
+      products_wait<1>(dq);
+      // After the last tile in vain: a branch would keep the products from running in the background.
+      project(stages + stage * 2 * slab);
+      float y[columns / 2];
+      if constexpr (Of::groups > 1) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
+        }
+        __syncthreads();
+      }
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i) {
+        if constexpr (Of::groups > 1) {
+          y[i] = (group == 0 ? dq[i] : dq[16 + i]) + half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
+        } else {
+          y[i] = dq[i];
+        }
+      }
+      const float factor[2] = {args.scale * size[0], args.scale * size[1]};
+#pragma unroll
+      for (int s = 0; s < columns / 16; ++s) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
+        }
+        store_matrices(results + piece(named, group * 4 + s * 2 + half), x);
+      }
+      __syncwarp();
+      const int64_t first = static_cast<int64_t>(i_tile) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      store_rows<columns / 8>(results, warp * 16, group * 4, count, args.dx + (at.head * args.length + first) * width);
+      products_wait(domega);
+      products_wait(dmeans);
+      products_wait(w);
+      products_wait(ds);
+    }
+    if constexpr (Of::all) {
+      float* part = args.parts + static_cast<int64_t>(units[n_unit]) * (M * (width + 1));
+#pragma unroll
+      for (int i = 0; i < F / 2; ++i) {
+        part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
+      }
+      if (t == 0) {
+#pragma unroll
+        for (int n = 0; n < F / 64; ++n) {
+          const int f = base + warp * (F / 4) + n * 16 + g;
+          part[M * width + f] = dy[n][0] + dy[n][1];
+          part[M * width + f + 8] = dy[n][2] + dy[n][3];
+        }
+      }
+    }
+  }
+
+  float* part = args.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width);
+#pragma unroll
+  for (int i = 0; i < F / 2; ++i) {
+    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] =
+        domega[i] * (args.scale * common);
   }
 #endif
 }
@@ -529,9 +894,8 @@ __global__ void __launch_bounds__(128)
 
 // Keys ----------------------------------------------------------------------------------------------------------------
 
-// With Omega a part of dW takes the place of dk and dv, of F features that blockIdx.y counts.
-template <typename T, int M, bool Omega>
-__global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::omega_blocks : Layout<M>::key_blocks)
+template <typename T, int M>
+__global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     key_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Layout<M>;
@@ -539,15 +903,14 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
   constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
   extern __shared__ __align__(1024) uint4 memory[];
-  uint4* omega = memory;                                  // rows of features
-  uint4* dmeans = omega + Of::matrix;                     // dU, rows of features
-  uint4* stages = dmeans + Of::matrix;                    // k and v of each
-  uint4* gradients = stages + Of::key_stages * 2 * slab;  // ds, with Omega; rows of keys, a slab for 64 features
-  float* exponents = reinterpret_cast<float*>(gradients + (Omega ? Of::omega_bytes / 16 : 0));
+  uint4* omega = memory;                // rows of features
+  uint4* dmeans = omega + Of::matrix;   // dU, rows of features
+  uint4* stages = dmeans + Of::matrix;  // k and v of each
+  float* exponents = reinterpret_cast<float*>(stages + Of::key_stages * 2 * slab);
   float* dy = exponents + M;
   float* largest = dy + M;  // of each warp
 
-  const Place at(args);
+  const Place at(args, blockIdx.x);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const T *k = args.x.at(at.i_b, at.i_h), *v = args.y.at(at.i_b, at.i_h);
   const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
@@ -640,8 +1003,6 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
 
   const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
   const int named = warp * 16 + lane % 16, half = lane / 16;
-  const int first_feature = Omega ? blockIdx.y * F : 0, end_feature = Omega ? first_feature + F : M;
-  float domega[F / 2] = {};  // dW^T, 64 x F
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
     stage = stage + 1 == Of::key_stages ? 0 : stage + 1;
@@ -664,7 +1025,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
       }
       products_end();
     };
-    project(first_feature);
+    project(0);
     start_next();
     float norm[2];
 #pragma unroll
@@ -688,8 +1049,8 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
     float dk[32], dv[32], sums[2] = {};
     uint32_t a[F / 16][4], fragments[F / 16][4];
 #pragma unroll
-    for (int base = first_feature; base < end_feature; base += F) {
-      if (base > first_feature) {
+    for (int base = 0; base < M; base += F) {
+      if (base > 0) {
         products_wait(dk);
         products_wait(dv);
         project(base);
@@ -704,15 +1065,13 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
                             exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
         }
       }
-      if constexpr (!Omega) {
-        products_begin();
+      products_begin();
 #pragma unroll
-        for (int s = 0; s < F / 16; ++s) {
-          multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
-        }
-        products_end();
+      for (int s = 0; s < F / 16; ++s) {
+        multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
       }
-      products_wait<Omega ? 0 : 1>(ds);
+      products_end();
+      products_wait<1>(ds);
 #pragma unroll
       for (int s = 0; s < F / 16; ++s) {
 #pragma unroll
@@ -724,30 +1083,12 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
           fragments[s][i] = pack<T>(x0, x1);
         }
       }
-      if constexpr (!Omega) {
-        products_begin();
-#pragma unroll
-        for (int s = 0; s < F / 16; ++s) {
-          multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
-        }
-        products_end();
-      }
-    }
-    if constexpr (Omega) {
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-        store_matrices(gradients + s / 4 * slab + piece(named, s % 4 * 2 + half), fragments[s]);
-      }
-      copies_visible();
-      __syncthreads();  // all of ds is there
       products_begin();
 #pragma unroll
-      for (int s = 0; s < tile / 16; ++s) {
-        multiply<T, Inner::both>(domega, operand(tile_k + s * 128), operand(gradients + s * 128, 16 * slab), true);
+      for (int s = 0; s < F / 16; ++s) {
+        multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
       }
       products_end();
-      products_wait(domega);
-      continue;
     }
     __syncthreads();  // no product reads this stage any more
     products_wait<1>(dv);
@@ -783,12 +1124,284 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Omega ? Layout<M>::ome
     __syncwarp();
     store_rows<8>(tile_k, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
   }
-  if constexpr (Omega) {
-    float* part = args.omega_parts + (static_cast<int64_t>(blockIdx.x) * M + first_feature) * width;
-#pragma unroll
-    for (int i = 0; i < F / 2; ++i) {
-      part[(i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = domega[i] * (args.scale * back);
+#endif
+}
+
+// The same with dW, or for more features than a warpgroup takes dW alone, of F features that blockIdx.y counts. dU and
+// y have one slot.
+template <typename T, int M>
+__global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_blocks)
+    key_omega_kernel(const Args<T> args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Of = Layout<M>;
+  constexpr int F = Of::features, threads = Of::key_threads;
+  constexpr bool is_half = std::is_same_v<T, Half>, inputs = M == F;
+  constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
+  extern __shared__ __align__(1024) uint4 memory[];
+  uint4* omega = memory;                                                  // rows of features
+  uint4* dmeans = omega + Of::matrix;                                     // dU, rows of features
+  uint4* stages = dmeans + Of::matrix;                                    // k and v of each
+  uint4* gradients = stages + Of::key_stages * 2 * slab;                  // ds, rows of keys, a slab for 64 features
+  float* next_part = reinterpret_cast<float*>(gradients + tile * F / 8);  // the sum of dU for the next unit
+  float* exponents = next_part + M * width;
+  float* dy = exponents + M;
+  float* largest = reinterpret_cast<float*>(gradients);  // of each warp, while there is no ds
+
+  const Units units(args);
+  uint32_t unit_ahead = units.begin;
+  Place ahead = units.place(args, unit_ahead);  // what is copied next
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  int next_stage = 0, stage = 0;
+  const auto start_next = [&] {
+    if (ahead.begin < ahead.end) {
+      const int64_t first = static_cast<int64_t>(ahead.begin) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      const bool* mask = args.mask == nullptr ? nullptr : args.mask + ahead.i_b * args.length + first;
+      uint4* to = stages + next_stage * 2 * slab;
+      fetch<threads>(args.x.at(ahead.i_b, ahead.i_h) + first * args.x.l, args.x.l, count, to, mask);
+      fetch<threads>(args.y.at(ahead.i_b, ahead.i_h) + first * args.y.l, args.y.l, count, to + slab, mask);
+      next_stage = next_stage + 1 == Of::key_stages ? 0 : next_stage + 1;
+      if (++ahead.begin == ahead.end && unit_ahead + 1 < units.end) {
+        ahead = units.place(args, ++unit_ahead);
+      }
     }
+    copies_end();
+  };
+  fill_projection<T, M, threads>(args.projection, ahead.i_h, omega);
+#pragma unroll
+  for (int i = 1; i < Of::key_stages; ++i) {
+    start_next();
+  }
+  // Each thread copies what it will read.
+  const auto start_part = [&](uint32_t n) {
+    if (n < units.end) {
+      const float* part = args.parts + units.place(args, n).head * (M * (width + 1));
+#pragma unroll
+      for (int i = 0; i < M / 16; ++i) {
+        const int at = (i * threads + threadIdx.x) * 8;
+        copy_async<16>(next_part + at, part + at, args.count > 0);
+        copy_async<16>(next_part + at + 4, part + at + 4, args.count > 0);
+      }
+    }
+    copies_end();
+  };
+  wait_for_previous();  // which sums dU and y; k, v and omega are older
+  start_part(units.begin);
+
+  const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
+  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const int base = inputs ? 0 : blockIdx.y * F;
+  float domega[F / 2] = {};              // dW^T, 64 x F
+  float common = is_half ? 0.0f : 1.0f;  // what the latter is divided by
+  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
+    const Place at = units.place(args, n_unit);
+    const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
+    float back = 1.0f, share = 1.0f;  // what undoes the scaling of float16
+    {
+      constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
+      float y[own] = {}, c[own] = {};
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        const int f = i * threads + threadIdx.x;
+        if (f < M) {
+          y[i] = args.count > 0 ? args.parts[at.head * (M * (width + 1)) + M * width + f] : 0.0f;
+          const float z = args.z[at.head * M + f], log_scale = args.log_scale[at.head * M + f];
+          const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
+          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + shift : none;
+        }
+      }
+      copies_wait<0>();
+      const auto* pieces = reinterpret_cast<const Vec<float, 8>*>(next_part);
+      float factor = 1.0f;
+      if constexpr (is_half) {
+        float top = 1e-30f;
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+          top = fmaxf(top, fabsf(y[i]) / 16);
+        }
+#pragma unroll
+        for (int i = 0; i < M / 16; ++i) {
+          float x[8];
+          widen<float, 8>(x, pieces[i * threads + threadIdx.x]);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            top = fmaxf(top, fabsf(x[e]));
+          }
+        }
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+          top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
+        }
+        if (lane == 0) {
+          largest[warp] = top;
+        }
+        __syncthreads();
+        top = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+        factor = 1.0f / top;
+        back = top * exp2f(-shift);
+      }
+#pragma unroll
+      for (int i = 0; i < M / 16; ++i) {
+        float x[8];
+        widen<float, 8>(x, pieces[i * threads + threadIdx.x]);
+        dmeans[piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8)] = {
+            pack<T>(x[0] * factor, x[1] * factor), pack<T>(x[2] * factor, x[3] * factor),
+            pack<T>(x[4] * factor, x[5] * factor), pack<T>(x[6] * factor, x[7] * factor)};
+      }
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        const int f = i * threads + threadIdx.x;
+        if (f < M) {
+          dy[f] = y[i] * factor;
+          exponents[f] = c[i];
+        }
+      }
+    }
+    start_part(n_unit + 1);
+    if constexpr (is_half) {  // the sum over units is relative to the largest so far
+      const float most = fmaxf(common, back);
+#pragma unroll
+      for (float& x : domega) {
+        x *= common / most;
+      }
+      common = most;
+      share = back / most;
+    }
+    for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
+      uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
+      stage = stage + 1 == Of::key_stages ? 0 : stage + 1;
+      const int64_t first = static_cast<int64_t>(i_tile) * tile;
+      const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+      copies_wait<Of::key_stages - 2>();
+      copies_visible();
+      __syncthreads();  // this stage is there, and everyone has left the one before
+      float p[F / 2], ds[F / 2];
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < width / 16; ++s) {
+        multiply<T>(p, operand(tile_k + s * 2), operand(omega + base * 8 + s * 2), s > 0);
+      }
+      products_end();
+#pragma unroll
+      for (int s = 0; s < width / 16; ++s) {
+        multiply<T>(ds, operand(tile_v + s * 2), operand(dmeans + base * 8 + s * 2), s > 0);
+      }
+      products_end();
+      start_next();
+      float norm[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = warp * 16 + g + 8 * r;
+        norm[r] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          float x[8];
+          widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(tile_k + piece(row, t + (n + g) % 2 * 4)));
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            norm[r] = fmaf(x[e], x[e], norm[r]);
+          }
+        }
+        norm[r] = sum_row(norm[r]) * (0.5f * log2e * square);
+        if (row >= count || (mask != nullptr && !mask[first + row])) {
+          norm[r] = -none;
+        }
+      }
+      float dk[32], dv[32], sums[2] = {};
+      uint32_t a[F / 16][4], fragments[F / 16][4];
+      products_wait<1>(p);
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 c = reinterpret_cast<const float2*>(exponents + base)[8 * s + i / 2 * 4 + t];
+          a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
+                            exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
+        }
+      }
+      if constexpr (inputs) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), s > 0);
+        }
+        products_end();
+      }
+      products_wait<inputs ? 1 : 0>(ds);
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+        uint32_t shares[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 y = reinterpret_cast<const float2*>(dy + base)[8 * s + i / 2 * 4 + t];
+          const float2 weight = unpack<T>(a[s][i]);
+          const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
+          sums[i % 2] += x0 + x1;
+          fragments[s][i] = pack<T>(x0, x1);
+          shares[i] = is_half ? pack<T>(x0 * share, x1 * share) : fragments[s][i];
+        }
+        store_matrices(gradients + s / 4 * slab + piece(named, s % 4 * 2 + half), shares);
+      }
+      if constexpr (inputs) {
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < F / 16; ++s) {
+          multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
+        }
+        products_end();
+      }
+      copies_visible();
+      __syncthreads();  // all of ds is there, and no product reads v any more
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < tile / 16; ++s) {
+        multiply<T, Inner::both>(domega, operand(tile_k + s * 128), operand(gradients + s * 128, 16 * slab), true);
+      }
+      products_end();
+      if constexpr (!inputs) {
+        products_wait(domega);
+        continue;
+      }
+      products_wait<2>(dv);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
+                         : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
+        }
+        store_matrices(tile_v + piece(named, s * 2 + half), x);
+      }
+      __syncwarp();
+      store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
+      products_wait<1>(dk);
+      const float factor = args.scale * back;
+      sums[0] = sum_row(sums[0]) * (square * back);
+      sums[1] = sum_row(sums[1]) * (square * back);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        uint32_t x[4];
+        load_matrices<false>(x, tile_k + piece(named, s * 2 + half));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 key = unpack<T>(x[i]);
+          x[i] = pack<T>(fmaf(dk[8 * s + 2 * i], factor, -key.x * sums[i % 2]),
+                         fmaf(dk[8 * s + 2 * i + 1], factor, -key.y * sums[i % 2]));
+        }
+        __syncwarp();
+        store_matrices(tile_v + piece(named, s * 2 + half), x);
+      }
+      __syncwarp();
+      store_rows<8>(tile_v, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
+      products_wait(domega);
+    }
+    __syncthreads();  // everyone has left dU and y
+  }
+  float* part = args.omega_parts + (static_cast<int64_t>(blockIdx.x) * M + base) * width;
+#pragma unroll
+  for (int i = 0; i < F / 2; ++i) {
+    part[(i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = domega[i] * (args.scale * common);
   }
 #endif
 }
@@ -1009,25 +1622,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       config.numAttrs = overlaps ? 1 : 0;
       STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
     };
-    // dW of each set of heads, with slots of its own for every block.
-    const int64_t sets = per_head ? Hk : 1;
+    // dW of each set of heads that share a projection, with slots of its own for every block.
+    const int64_t sets = per_head ? Hk : 1, outer = per_head ? B : 1;
     Tensor parts = empty, query_omega = empty, key_omega = empty;
     OmegaArgs<M> sums{};
-    const auto slots_of = [&](const float* data, int64_t slots) {
-      const int64_t outer = per_head ? B : 1;
-      return OmegaSlots{data, outer, slots / (outer * sets)};
-    };
-    const auto new_slots = [&](Tensor& slots, int64_t heads) {
-      slots = new_empty(q, {heads * args.blocks, M, width}, ScalarType::Float);
+    const auto walk = [&](Tensor& slots, int64_t heads, int64_t resident) {
+      const int64_t units = heads * args.blocks / sets;
+      STD_TORCH_CHECK(units * sets <= INT32_MAX, op, ": B and H must be smaller");
+      args.sets = static_cast<int>(sets);
+      args.inner = static_cast<int>(units / outer);
+      args.units = static_cast<int>(units);
+      args.taken = share_of(units, sets, resident, 1);
+      args.walkers = ceil_div(units, args.taken);
+      slots = new_empty(q, {sets * args.walkers, M, width}, ScalarType::Float);
       args.omega_parts = static_cast<float*>(slots.mutable_data_ptr());
-      return slots_of(args.omega_parts, heads * args.blocks);
+      return OmegaSlots{args.omega_parts, 1, args.walkers};
     };
     int64_t count = 0;  // slots of a key head
     if (B * H * query_tiles > 0) {
-      args.share = share_of(query_tiles, B * H, multiprocessors * Of::query_blocks, 4);
+      using Walk = OmegaLayout<M>;
+      const bool together = need_omega && Walk::all;
+      args.share = share_of(query_tiles, B * H, multiprocessors * (together ? Walk::blocks : Of::query_blocks), 4);
       args.blocks = ceil_div(query_tiles, args.share);
       count = static_cast<int64_t>(args.groups) * args.blocks;
-      const int64_t slots = B * H * args.blocks, more = count > 2 ? B * Hk : 0;
+      const int64_t slots = B * H * args.blocks, more = count > (need_omega ? 1 : 2) ? B * Hk : 0;
       parts = new_empty(q, {slots + more, size}, ScalarType::Float);
       args.x = rows_of<T>(queries);
       args.y = rows_of<T>(gradients);
@@ -1036,10 +1654,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.length = L;
       args.heads = static_cast<int>(H);
       if (need_omega) {
-        sums.queries = new_slots(query_omega, B * H);
-        launch(query_gradient_kernel<T, M, true>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+        sums.queries = walk(query_omega, B * H, multiprocessors * Walk::blocks);
+        launch(query_omega_kernel<T, M>, sets * args.walkers, 1, Walk::threads, Walk::bytes, args);
       }
-      launch(query_gradient_kernel<T, M, false>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+      if (!together) {
+        launch(query_gradient_kernel<T, M>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+      }
       overlaps = true;
       if (more > 0) {
         const auto* from = reinterpret_cast<const float4*>(args.parts);
@@ -1050,7 +1670,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       }
     }
     if (B * Hk * key_tiles > 0) {
-      args.share = share_of(key_tiles, B * Hk, multiprocessors * Of::key_blocks, 2);
+      constexpr int chunks = M / Of::features;
+      const bool together = need_omega && chunks == 1;
+      args.share = share_of(key_tiles, B * Hk, multiprocessors * (together ? Of::omega_blocks : Of::key_blocks), 2);
       args.blocks = ceil_div(key_tiles, args.share);
       args.x = rows_of<T>(keys);
       args.y = rows_of<T>(values);
@@ -1060,17 +1682,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.length = S;
       args.heads = static_cast<int>(Hk);
       args.count = static_cast<int>(count);
-      launch(key_gradient_kernel<T, M, false>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
-      if (need_omega) {
+      if (!together) {
+        launch(key_gradient_kernel<T, M>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
         overlaps = false;
-        sums.keys = new_slots(key_omega, B * Hk);
-        launch(key_gradient_kernel<T, M, true>, B * Hk * args.blocks, M / Of::features, Of::key_threads,
-               Of::key_bytes + Of::omega_bytes, args);
+      }
+      if (need_omega) {
+        sums.keys = walk(key_omega, B * Hk, multiprocessors * Of::omega_blocks / chunks);
+        launch(key_omega_kernel<T, M>, sets * args.walkers, chunks, Of::key_threads, Of::omega_bytes, args);
       }
     }
     if (need_omega && sets > 0) {
       if (bias && count > 0) {
-        sums.states = slots_of(args.parts, B * Hk);
+        sums.states = {args.parts, outer, B * Hk / (outer * sets)};
         sums.count = static_cast<int>(count);
       }
       sums.kv = args.kv;
