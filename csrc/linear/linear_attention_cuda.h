@@ -8,7 +8,7 @@
 namespace fastrpe {
 namespace linear {
 
-// On Hopper's tensor cores: normalised attention of exponential features (positive, or exp with a projection) without
+// On Hopper's tensor cores: normalised attention of exponential features (positive, or exp) without
 // eps or packing, in 16 bits, when causal in bfloat16, with D = V = 64 and 64, 128 or 256 features. `kind` counts as
 // KINDS in fastrpe/ops/linear/op.py. Rows of q, k and v are aligned to 16 bytes; omega, in their dtype or float32, is
 // rounded to it; the rest is contiguous and float32.
@@ -36,11 +36,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
     const std::optional<Tensor>& log_scale, const Tensor& last_kv, const Tensor& last_z, const Tensor& last_log_scale,
     bool need_omega);
-
-// The same of causal attention, in bfloat16 and with 64 or 128 features; the state behind the last key has no gradient.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_causal_bwd_cuda(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& omega,
-    int64_t kind, double scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool need_omega);
 
 }  // namespace linear
 }  // namespace fastrpe
