@@ -169,7 +169,9 @@ def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
         for kind in ("forward", "step"):
             times = {c["solver"]: c[f"{kind}_ms"] for c in cells}
             best = min(times, key=times.__getitem__)
-            auto = fastest(device, d, cells[0]["pairs"], found["heads"], tokens, grad=kind == "step")
+            auto = fastest(
+                device, d, cells[0]["pairs"], found["heads"], tokens, kind == "step", "lu" not in found["left_out"]
+            )
             rows.append(
                 {"d": d, "f": f, "tokens": tokens, "pass": kind, "times": times, "best": best, "auto": auto}
                 | {"auto_over_best": times.get(auto, nan) / times[best]}
@@ -211,6 +213,8 @@ def table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     """Time against f, a plot for each head size; the most tokens, forward and backward."""
     plt = pyplot()
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     rows = [r for r in compare(found) if r["pass"] == "step"]
     tokens = max(r["tokens"] for r in rows)
     sizes = sorted({r["d"] for r in rows})
@@ -227,8 +231,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axis.plot(*zip(*points), label=solver, color=colours[solver], marker=".")
         axis.set(xscale="log", yscale="log", xlabel="f", title=f"d = {size}")
         axis.grid(alpha=0.3)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel(f"ms, forward and backward, {HEADS} x {tokens} tokens")
-    axes[0][-1].legend(fontsize="small")
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

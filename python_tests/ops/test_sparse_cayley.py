@@ -380,7 +380,10 @@ def test_auto_takes_what_the_shapes_say() -> None:
         assert fastest("cpu", 512, 256, 2, 4096, grad) == fastest("cpu", 512, 511, 2, 4096, grad) == "lu"
         assert fastest("cpu", 512, 512 * 511 // 2, 2, 4096, grad) == fastest("cpu", 64, 2016, 2, 4096, grad) == "matrix"
         assert fastest("cpu", 1024, 1024 * 1023 // 2, 2, 256, grad) == "dense"
-        assert {fastest("cuda", d, d // 2, 2, 4096, grad) for d in (64, 512)} == {"matrix"}
+        assert {fastest("cuda", d, 4 * d, 2, 4096, grad, lu=True) for d in (64, 128, 256, 512)} == {"matrix"}
+        assert fastest("cuda", 1024, 1023, 2, 256, grad, lu=True) == "lu"
+        assert fastest("cuda", 1024, 1023, 2, 256, grad, lu=False) == "matrix"
+        assert fastest("cuda", 1024, 512, 2, 4096, grad, lu=True) == "components"
     for count, size in itertools.product((5, 120), (16,)):
         pairs, theta, x = _pairs(count), _normal(HEADS, count), _normal(HEADS, 3, size)
         name = fastest("cpu", size, count, HEADS, 3, grad=False)

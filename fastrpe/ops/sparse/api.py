@@ -90,22 +90,42 @@ def differentiated(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
-def fastest(device_type: str, size: int, count: int, heads: int, tokens: int, grad: bool) -> str:
+def fastest(
+    device_type: str, size: int, count: int, heads: int, tokens: int, grad: bool, lu: bool | None = None
+) -> str:
     """The solver that ``"auto"`` takes for K = ``count`` pairs placed at random and so many tokens of each head.
 
-    On a CPU sparse LU, a matrix or dense LU: what should take the least time, forward alone or, with ``grad``, forward
-    and backward, which solves three times for each token and factorises twice. Nanoseconds for each token, on two
-    cores, fitted to examples/string_vit/results/solvers-cpu.json. A GPU takes the matrix, by estimate.
+    What should take the least time, forward alone or, with ``grad``, forward and backward, which solves three times for
+    each token and factorises twice; ``lu`` says whether sparse LU may be taken, by default where it runs. On a CPU
+    nanoseconds for each token, on two cores, fitted to examples/string_vit/results/solvers-cpu.json; on a GPU
+    milliseconds of two heads on an H100, fitted to solvers-cuda.json beside it.
     """
-    if device_type != "cpu" or problem("lu", "cpu"):
+    if device_type == "cuda" and lu is None and _is_recorded():
         return "matrix"
-    solves, factors = (3, 2 / max(tokens, 1)) if grad else (1, 1 / max(tokens, 1))
+    if lu is None:
+        lu = not problem("lu", device_type)
     each = count / size
     # Elimination fills a random graph in from about one pair for each coordinate on.
     fill = min(size * (size - 1) / 2, count + max(0.0, (each - 1.2) / (each + 8)) * size**2 / 2)
-    lu = solves * (0.17 * fill + size) + factors * 0.35 * fill**2 / size
+    if device_type == "cuda":
+        times = {"matrix": (0.3 if size <= 128 else 1.3 + 1.05e-5 * size**2) + 0.75 * grad}
+        if lu:
+            once = 0.9 + 2e-6 * size * tokens + (1.5e-5 + 1.5e-8 * tokens) * fill
+            times["lu"] = 3 * once + 0.7 if grad else once
+        if each <= 0.5:  # beyond, one component holds most coordinates
+            times["components"] = (2.45 if grad else 1) * (0.85 + 0.0038 * size)
+        return min(times, key=times.__getitem__)
+    if device_type != "cpu" or not lu:
+        return "matrix"
+    solves, factors = (3, 2 / max(tokens, 1)) if grad else (1, 1 / max(tokens, 1))
+    sparse = solves * (0.17 * fill + size) + factors * 0.35 * fill**2 / size
     matrix = solves * 0.014 * size**2 + factors * (0.067 * size**3 + 22 * count + 560_000 / heads)
     dense = solves * (0.05 * size**2 + 5.2 * size) + factors * (0.024 * size**3 + 190_000 / heads)
-    if dense < min(lu, matrix):
+    if dense < min(sparse, matrix):
         return "dense"
-    return "lu" if lu < matrix else "matrix"
+    return "lu" if sparse < matrix else "matrix"
+
+
+def _is_recorded() -> bool:
+    """Whether kernels may be recorded, not run: sparse solvers see a pattern, and cuDSS works, on the host."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
