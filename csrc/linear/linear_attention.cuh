@@ -5,30 +5,15 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <atomic>
-#include <vector>
 
-#include "projection.cuh"
+#include "shared.cuh"
 
 namespace fastrpe {
 namespace linear {
 
-constexpr float log2e = 1.4426950408889634f, ln2 = 0.6931471805599453f;
+constexpr float ln2 = 0.6931471805599453f;
 constexpr float empty = -1e20f;   // the maximum of no exponent at all
 constexpr float masked = -1e30f;  // the exponent of a key that takes no part: no infinity to subtract
-
-constexpr int width = 64;          // D and V
-constexpr int pieces = width / 8;  // of 16 bytes, of a row
-
-// Rows of width neighbouring values, each aligned to 16 bytes.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t b, h, l;  // strides
-
-  __device__ __forceinline__ const T* at(int64_t i_b, int64_t i_h) const {
-    return data + i_b * b + i_h * h;
-  }
-};
 
 template <typename T>
 struct Args {
@@ -53,11 +38,6 @@ struct Args {
   int key_blocks;                    // of the kernel for keys
   int bias_h;
 };
-
-// Where the 16 bytes number u of a row lie, as the tensor cores read them.
-__device__ __forceinline__ int piece(int row, int u) {
-  return row * pieces + (u ^ row % 8);
-}
 
 __device__ __forceinline__ int this_block() {
   uint32_t block;
@@ -87,72 +67,6 @@ __device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, 
 template <typename T>
 __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
   return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
-}
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// The largest and the sum of a row, which four neighbouring threads hold.
-__device__ __forceinline__ float largest_of_four(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float sum_of_four(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// s scaled, with the exponents of its columns; the largest of this thread's two rows.
-template <int R>
-__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
-  const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < R / 4; ++j) {
-    const float2 e = pairs[4 * j];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float &x = s[4 * j + 2 * i], &y = s[4 * j + 2 * i + 1];
-      x = fmaf(x, scale, e.x);
-      y = fmaf(y, scale, e.y);
-      top[i] = fmaxf(top[i], fmaxf(x, y));
-    }
-  }
-}
-
-#endif
-
-struct Device {
-  int capability, multiprocessors;
-};
-
-inline Device device(int index) {
-  static const std::vector<Device> all = [] {
-    int count;
-    STD_CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<Device> found(count);
-    for (int i = 0; i < count; ++i) {
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].capability, cudaDevAttrComputeCapabilityMajor, i));
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].multiprocessors, cudaDevAttrMultiProcessorCount, i));
-    }
-    return found;
-  }();
-  return all.at(index);
-}
-
-template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes, cudaStream_t stream,
-            bool overlaps, const Parameters&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<uint32_t>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlaps ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Lets a kernel have that much shared memory; Of tells kernels of one type apart.

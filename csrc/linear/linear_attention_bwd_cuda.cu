@@ -1,14 +1,13 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
 #include "../common/cuda.cuh"
 #include "../common/hopper.cuh"
 #include "linear_attention_cuda.h"
-#include "projection.cuh"
+#include "shared.cuh"
 
 // Gradients of bidirectional, normalised attention by exponential features. It is softmax attention twice: feature f
 // has the mean U_f of the values over keys, with weights a_jf = phi_f(k_j) / sum_j phi_f(k_j), and a query has the mean
@@ -27,19 +26,7 @@ namespace linear {
 namespace {
 
 constexpr int tile = 64;                // queries or keys that a block takes at a time
-constexpr int width = 64;               // D and V
 constexpr int slab = tile * width / 8;  // 16-byte pieces of a tile
-
-// Rows of a head of q, k, v or dout, numbers of a row side by side.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t b, h, l;
-
-  __device__ __forceinline__ const T* at(int64_t i_b, int64_t i_h) const {
-    return data + i_b * b + i_h * h;
-  }
-};
 
 template <typename T>
 struct Args {
@@ -91,13 +78,7 @@ struct OmegaLayout {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr float log2e = 1.4426950408889634f;
 constexpr float none = -1e30f;  // the exponent of what takes no part
-
-// Where the 16 bytes number u of a row lie, as the tensor cores read them.
-__device__ __forceinline__ int piece(int row, int u) {
-  return row * 8 + (u ^ row % 8);
-}
 
 // Starts to copy a tile of which `count` rows are there, those that the mask leaves out as zeros.
 template <int Threads, typename T>
@@ -133,17 +114,6 @@ __device__ __forceinline__ float2 unpack(uint32_t x) {
   } else {
     return __half22float2(*reinterpret_cast<const __half2*>(&x));
   }
-}
-
-// Over the 4 threads that hold a row of a product.
-__device__ __forceinline__ float sum_row(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
-
-__device__ __forceinline__ float max_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
 // Four matrices of 8 x 8 16-bit values, of which lane 8 m + i names row i of matrix m. As a left operand in registers
@@ -235,6 +205,72 @@ struct Units {
   }
 };
 
+// Stores a thread's part of x^T, 64 x F, as rows of features from `base` on.
+template <int R, typename Scaled>
+__device__ __forceinline__ void store_features(float* part, int base, const float (&x)[R], Scaled&& scaled) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = scaled(x[i]);
+  }
+}
+
+// A thread's weights of two keys, as a left operand.
+template <typename T, int Steps>
+__device__ __forceinline__ void key_weights(uint32_t (&a)[Steps][4], const float (&p)[8 * Steps], float exponent,
+                                            const float* exponents, const float (&norm)[2], int t) {
+#pragma unroll
+  for (int s = 0; s < Steps; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 c = reinterpret_cast<const float2*>(exponents)[8 * s + i / 2 * 4 + t];
+      a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
+                        exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
+    }
+  }
+}
+
+// What |x|^2 / 2 takes from the exponents of a thread's two keys, of one that takes no part all.
+template <typename T>
+__device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k, int warp, int g, int t, float square,
+                                           int count, const bool* mask, int64_t first) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = warp * 16 + g + 8 * r;
+    norm[r] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float x[8];
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(tile_k + piece(row, t + (n + g) % 2 * 4)));
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        norm[r] = fmaf(x[e], x[e], norm[r]);
+      }
+    }
+    norm[r] = sum_of_four(norm[r]) * (0.5f * log2e * square);
+    if (row >= count || (mask != nullptr && !mask[first + row])) {
+      norm[r] = -none;
+    }
+  }
+}
+
+// Starts p = x W^T and ds = y U^T of a tile's rows and F features, each a group of products.
+template <typename T, int R>
+__device__ __forceinline__ void start_products(float (&p)[R], float (&ds)[R], const uint4* x, const uint4* omega,
+                                               const uint4* y, const uint4* means) {
+  products_begin();
+#pragma unroll
+  for (int s = 0; s < width / 16; ++s) {
+    multiply<T>(p, operand(x + s * 2), operand(omega + s * 2), s > 0);
+  }
+  products_end();
+#pragma unroll
+  for (int s = 0; s < width / 16; ++s) {
+    multiply<T>(ds, operand(y + s * 2), operand(means + s * 2), s > 0);
+  }
+  products_end();
+}
+
 #endif
 
 // Queries -------------------------------------------------------------------------------------------------------------
@@ -309,33 +345,14 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
     float w[F / 2], ds[F / 2];
-    products_begin();
-#pragma unroll
-    for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(w, operand(tile_q + s * 2), operand(omega + base * 8 + s * 2), s > 0);
-    }
-    products_end();
-#pragma unroll
-    for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(ds, operand(tile_dout + s * 2), operand(means + base * 8 + s * 2), s > 0);
-    }
-    products_end();
+    start_products<T>(w, ds, tile_q, omega + base * 8, tile_dout, means + base * 8);
     start_next();
     products_wait<1>(w);
 
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
-#pragma unroll
-    for (int j = 0; j < F / 8; ++j) {
-      const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
-        w[4 * j + 2 * r + 1] = fmaf(w[4 * j + 2 * r + 1], exponent, c.y);
-        top[r] = fmaxf(top[r], fmaxf(w[4 * j + 2 * r], w[4 * j + 2 * r + 1]));
-      }
-    }
-    top[0] = max_row(top[0]);
-    top[1] = max_row(top[1]);
+    add_exponents(w, exponent, exponents + base, top);
+    top[0] = largest_of_four(top[0]);
+    top[1] = largest_of_four(top[1]);
 #pragma unroll
     for (int i = 0; i < F / 2; ++i) {
       w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
@@ -344,7 +361,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     float inverse[2];  // of the sum of a row
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      total[r] = sum_row(total[r]);
+      total[r] = sum_of_four(total[r]);
       if (Of::groups > 1 && t == 0) {
         row_sums[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r]};
       }
@@ -390,16 +407,16 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     for (int i = 0; i < F / 2; ++i) {
       delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
     }
-    delta[0] = sum_row(delta[0]);
-    delta[1] = sum_row(delta[1]);
+    delta[0] = sum_of_four(delta[0]);
+    delta[1] = sum_of_four(delta[1]);
     if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
       size[0] = size[1] = 1e-30f;
 #pragma unroll
       for (int i = 0; i < F / 2; ++i) {
         size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
       }
-      size[0] = max_row(size[0]);
-      size[1] = max_row(size[1]);
+      size[0] = largest_of_four(size[0]);
+      size[1] = largest_of_four(size[1]);
     }
     if constexpr (Of::groups > 1) {
       if (t == 0) {
@@ -499,10 +516,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   }
 
   float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
-#pragma unroll
-  for (int i = 0; i < F / 2; ++i) {
-    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
-  }
+  store_features(part, base, dmeans, [](float x) { return x; });
   if (t == 0) {
 #pragma unroll
     for (int n = 0; n < F / 64; ++n) {
@@ -610,17 +624,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
   float common = is_half ? 0.0f : 1.0f;  // what it is divided by
   float w[F / 2], ds[F / 2];
   const auto project = [&](const uint4* tile_q) {
-    products_begin();
-#pragma unroll
-    for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(w, operand(tile_q + s * 2), operand(omega + base * 8 + s * 2), s > 0);
-    }
-    products_end();
-#pragma unroll
-    for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(ds, operand(tile_q + slab + s * 2), operand(means + base * 8 + s * 2), s > 0);
-    }
-    products_end();
+    start_products<T>(w, ds, tile_q, omega + base * 8, tile_q + slab, means + base * 8);
   };
   copies_wait<0>();
   __syncthreads();  // the state and the first tile are there
@@ -649,18 +653,9 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       // What a row needs to know of a warpgroup's features: the largest exponent, the sum of weights relative to that
       // and the same with ds, and the largest of ds.
       float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, delta[2] = {}, size[2] = {1e-30f, 1e-30f};
-#pragma unroll
-      for (int j = 0; j < F / 8; ++j) {
-        const float2 c = reinterpret_cast<const float2*>(exponents + base)[4 * j + t];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          w[4 * j + 2 * r] = fmaf(w[4 * j + 2 * r], exponent, c.x);
-          w[4 * j + 2 * r + 1] = fmaf(w[4 * j + 2 * r + 1], exponent, c.y);
-          top[r] = fmaxf(top[r], fmaxf(w[4 * j + 2 * r], w[4 * j + 2 * r + 1]));
-        }
-      }
-      top[0] = max_row(top[0]);
-      top[1] = max_row(top[1]);
+      add_exponents(w, exponent, exponents + base, top);
+      top[0] = largest_of_four(top[0]);
+      top[1] = largest_of_four(top[1]);
 #pragma unroll
       for (int i = 0; i < F / 2; ++i) {
         w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
@@ -675,9 +670,9 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        total[r] = sum_row(total[r]);
-        delta[r] = sum_row(delta[r]);
-        size[r] = is_half ? max_row(size[r]) : 1.0f;
+        total[r] = sum_of_four(total[r]);
+        delta[r] = sum_of_four(delta[r]);
+        size[r] = is_half ? largest_of_four(size[r]) : 1.0f;
         if (Of::groups > 1 && t == 0) {
           rows[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r], delta[r], size[r]};
         }
@@ -849,10 +844,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     }
     if constexpr (Of::all) {
       float* part = args.parts + static_cast<int64_t>(units[n_unit]) * (M * (width + 1));
-#pragma unroll
-      for (int i = 0; i < F / 2; ++i) {
-        part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = dmeans[i];
-      }
+      store_features(part, base, dmeans, [](float x) { return x; });
       if (t == 0) {
 #pragma unroll
         for (int n = 0; n < F / 64; ++n) {
@@ -865,11 +857,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
   }
 
   float* part = args.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width);
-#pragma unroll
-  for (int i = 0; i < F / 2; ++i) {
-    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] =
-        domega[i] * (args.scale * common);
-  }
+  store_features(part, base, domega, [&](float x) { return x * (args.scale * common); });
 #endif
 }
 
@@ -1013,39 +1001,12 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     __syncthreads();  // this stage is there, and everyone has left the one before
     float p[F / 2], ds[F / 2];
     const auto project = [&](int base) {
-      products_begin();
-#pragma unroll
-      for (int s = 0; s < width / 16; ++s) {
-        multiply<T>(p, operand(tile_k + s * 2), operand(omega + base * 8 + s * 2), s > 0);
-      }
-      products_end();
-#pragma unroll
-      for (int s = 0; s < width / 16; ++s) {
-        multiply<T>(ds, operand(tile_v + s * 2), operand(dmeans + base * 8 + s * 2), s > 0);
-      }
-      products_end();
+      start_products<T>(p, ds, tile_k, omega + base * 8, tile_v, dmeans + base * 8);
     };
     project(0);
     start_next();
     float norm[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = warp * 16 + g + 8 * r;
-      norm[r] = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        float x[8];
-        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(tile_k + piece(row, t + (n + g) % 2 * 4)));
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          norm[r] = fmaf(x[e], x[e], norm[r]);
-        }
-      }
-      norm[r] = sum_row(norm[r]) * (0.5f * log2e * square);
-      if (row >= count || (mask != nullptr && !mask[first + row])) {
-        norm[r] = -none;
-      }
-    }
+    half_norms<T>(norm, tile_k, warp, g, t, square, count, mask, first);
     float dk[32], dv[32], sums[2] = {};
     uint32_t a[F / 16][4], fragments[F / 16][4];
 #pragma unroll
@@ -1056,15 +1017,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
         project(base);
       }
       products_wait<1>(p);
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 c = reinterpret_cast<const float2*>(exponents + base)[8 * s + i / 2 * 4 + t];
-          a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
-                            exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
-        }
-      }
+      key_weights<T>(a, p, exponent, exponents + base, norm, t);
       products_begin();
 #pragma unroll
       for (int s = 0; s < F / 16; ++s) {
@@ -1106,8 +1059,8 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
     products_wait(dk);
     const float factor = args.scale * back;
-    sums[0] = sum_row(sums[0]) * (square * back);
-    sums[1] = sum_row(sums[1]) * (square * back);
+    sums[0] = sum_of_four(sums[0]) * (square * back);
+    sums[1] = sum_of_four(sums[1]) * (square * back);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       uint32_t x[4];
@@ -1276,49 +1229,14 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
       copies_visible();
       __syncthreads();  // this stage is there, and everyone has left the one before
       float p[F / 2], ds[F / 2];
-      products_begin();
-#pragma unroll
-      for (int s = 0; s < width / 16; ++s) {
-        multiply<T>(p, operand(tile_k + s * 2), operand(omega + base * 8 + s * 2), s > 0);
-      }
-      products_end();
-#pragma unroll
-      for (int s = 0; s < width / 16; ++s) {
-        multiply<T>(ds, operand(tile_v + s * 2), operand(dmeans + base * 8 + s * 2), s > 0);
-      }
-      products_end();
+      start_products<T>(p, ds, tile_k, omega + base * 8, tile_v, dmeans + base * 8);
       start_next();
       float norm[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = warp * 16 + g + 8 * r;
-        norm[r] = 0.0f;
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          float x[8];
-          widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(tile_k + piece(row, t + (n + g) % 2 * 4)));
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            norm[r] = fmaf(x[e], x[e], norm[r]);
-          }
-        }
-        norm[r] = sum_row(norm[r]) * (0.5f * log2e * square);
-        if (row >= count || (mask != nullptr && !mask[first + row])) {
-          norm[r] = -none;
-        }
-      }
+      half_norms<T>(norm, tile_k, warp, g, t, square, count, mask, first);
       float dk[32], dv[32], sums[2] = {};
       uint32_t a[F / 16][4], fragments[F / 16][4];
       products_wait<1>(p);
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 c = reinterpret_cast<const float2*>(exponents + base)[8 * s + i / 2 * 4 + t];
-          a[s][i] = pack<T>(exp2_approximate(fmaf(p[8 * s + 2 * i], exponent, c.x) - norm[i % 2]),
-                            exp2_approximate(fmaf(p[8 * s + 2 * i + 1], exponent, c.y) - norm[i % 2]));
-        }
-      }
+      key_weights<T>(a, p, exponent, exponents + base, norm, t);
       if constexpr (inputs) {
         products_begin();
 #pragma unroll
@@ -1377,8 +1295,8 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
       store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
       products_wait<1>(dk);
       const float factor = args.scale * back;
-      sums[0] = sum_row(sums[0]) * (square * back);
-      sums[1] = sum_row(sums[1]) * (square * back);
+      sums[0] = sum_of_four(sums[0]) * (square * back);
+      sums[1] = sum_of_four(sums[1]) * (square * back);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t x[4];
@@ -1486,24 +1404,6 @@ __global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args)
 
 // Launches ------------------------------------------------------------------------------------------------------------
 
-int attribute(const Tensor& x, cudaDeviceAttr which) {
-  int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
-  return value;
-}
-
-// Any strides, but rows of 16-byte pieces.
-template <typename T>
-bool is_aligned(const Tensor& x) {
-  return x.stride(3) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-}
-
-template <typename T>
-Rows<T> rows_of(const Tensor& x) {
-  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // Tiles of a head that a block takes, for the least time; `start` is that of a block's beginning, in tiles.
 int share_of(int64_t tiles, int64_t heads, int64_t resident, int64_t start) {
   int64_t best = tiles, least = INT64_MAX;
@@ -1567,8 +1467,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     check_like(op, "mask", *mask, ScalarType::Bool, q);
     STD_TORCH_CHECK(mask->is_contiguous() && mask->numel() == B * S, op, ": mask must be contiguous, of shape (B, S)");
   }
-  STD_TORCH_CHECK(attribute(q, cudaDevAttrComputeCapabilityMajor) == 9, op,
-                  ": q must be on a GPU of compute capability 9");
+  const Device gpu = device(q.get_device_index());
+  STD_TORCH_CHECK(gpu.capability == 9, op, ": q must be on a GPU of compute capability 9");
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Tensor dq = new_empty(q, {B, H, L, width}, dtype), dk = new_empty(q, {B, Hk, S, width}, dtype),
@@ -1579,7 +1479,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
                            : empty;
   };
   Tensor domega = like(omega), dbias = like(bias);
-  const int64_t multiprocessors = attribute(q, cudaDevAttrMultiProcessorCount);
+  const int64_t multiprocessors = gpu.multiprocessors;
   const int64_t query_tiles = ceil_div(L, tile), key_tiles = ceil_div(S, tile);
   const cudaStream_t stream = current_stream(q);
   const auto run = [&](auto zero, auto features) {
@@ -1587,12 +1487,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     constexpr int M = features;
     using Of = Layout<M>;
     constexpr int size = M * (width + 1);
-    const auto prepared = [&](const Tensor& x) {
-      const Tensor y = is_aligned<T>(x) ? x : torch::stable::contiguous(x);
-      STD_TORCH_CHECK(is_aligned<T>(y), op, ": rows of q, k, v and dout must be aligned to 16 bytes");
-      return y;
-    };
-    const Tensor queries = prepared(q), gradients = prepared(dout), keys = prepared(k), values = prepared(v);
     Args<T> args{};
     args.projection = projection;
     args.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
@@ -1604,20 +1498,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     args.scale = static_cast<float>(scale);
     args.norm = kind == positive ? 1.0f : 0.0f;
     bool overlaps = false;  // the kernel before is one of these, and may end while the next begins
-    const auto launch = [&](auto kernel, int64_t blocks, int chunks, int threads, size_t bytes, auto... arguments) {
+    const auto run_blocks = [&](auto kernel, int64_t blocks, int chunks, int threads, size_t bytes, auto... arguments) {
       STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": B and H must be smaller");
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attribute.val.programmaticStreamSerializationAllowed = 1;
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(static_cast<uint32_t>(blocks), chunks);
-      config.blockDim = dim3(threads);
-      config.dynamicSmemBytes = bytes;
-      config.stream = stream;
-      config.attrs = &attribute;
-      config.numAttrs = overlaps ? 1 : 0;
-      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+      launch(kernel, dim3(static_cast<uint32_t>(blocks), chunks), threads, bytes, stream, overlaps, arguments...);
     };
     // dW of each set of heads that share a projection, with slots of its own for every block.
     const int64_t sets = per_head ? Hk : 1, outer = per_head ? B : 1;
@@ -1644,25 +1528,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       count = static_cast<int64_t>(args.groups) * args.blocks;
       const int64_t slots = B * H * args.blocks, more = count > (need_omega ? 1 : 2) ? B * Hk : 0;
       parts = new_empty(q, {slots + more, size}, ScalarType::Float);
-      args.x = rows_of<T>(queries);
-      args.y = rows_of<T>(gradients);
+      args.x = rows_of<T>(op, q);
+      args.y = rows_of<T>(op, dout);
       args.parts = static_cast<float*>(parts.mutable_data_ptr());
       args.dx = static_cast<T*>(dq.mutable_data_ptr());
       args.length = L;
       args.heads = static_cast<int>(H);
       if (need_omega) {
         sums.queries = walk(query_omega, B * H, multiprocessors * Walk::blocks);
-        launch(query_omega_kernel<T, M>, sets * args.walkers, 1, Walk::threads, Walk::bytes, args);
+        run_blocks(query_omega_kernel<T, M>, sets * args.walkers, 1, Walk::threads, Walk::bytes, args);
       }
       if (!together) {
-        launch(query_gradient_kernel<T, M>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+        run_blocks(query_gradient_kernel<T, M>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
       }
       overlaps = true;
       if (more > 0) {
         const auto* from = reinterpret_cast<const float4*>(args.parts);
         args.parts += slots * size;
-        launch(add_parts_kernel, ceil_div(more * (size / 4), 128), 1, 128, 0, from,
-               reinterpret_cast<float4*>(args.parts), more, static_cast<int>(count), size / 4);
+        run_blocks(add_parts_kernel, ceil_div(more * (size / 4), 128), 1, 128, 0, from,
+                   reinterpret_cast<float4*>(args.parts), more, static_cast<int>(count), size / 4);
         count = 1;
       }
     }
@@ -1671,8 +1555,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       const bool together = need_omega && chunks == 1;
       args.share = share_of(key_tiles, B * Hk, multiprocessors * (together ? Of::omega_blocks : Of::key_blocks), 2);
       args.blocks = ceil_div(key_tiles, args.share);
-      args.x = rows_of<T>(keys);
-      args.y = rows_of<T>(values);
+      args.x = rows_of<T>(op, k);
+      args.y = rows_of<T>(op, v);
       args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
       args.dx = static_cast<T*>(dk.mutable_data_ptr());
       args.dy = static_cast<T*>(dv.mutable_data_ptr());
@@ -1680,12 +1564,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       args.heads = static_cast<int>(Hk);
       args.count = static_cast<int>(count);
       if (!together) {
-        launch(key_gradient_kernel<T, M>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
+        run_blocks(key_gradient_kernel<T, M>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
         overlaps = false;
       }
       if (need_omega) {
         sums.keys = walk(key_omega, B * Hk, multiprocessors * Of::omega_blocks / chunks);
-        launch(key_omega_kernel<T, M>, sets * args.walkers, chunks, Of::key_threads, Of::omega_bytes, args);
+        run_blocks(key_omega_kernel<T, M>, sets * args.walkers, chunks, Of::key_threads, Of::omega_bytes, args);
       }
     }
     if (need_omega && sets > 0) {
@@ -1698,7 +1582,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       sums.domega = static_cast<float*>(domega.mutable_data_ptr());
       sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
       overlaps = false;
-      launch(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
+      run_blocks(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
     }
   };
   const auto with_features = [&](auto zero) {

@@ -700,15 +700,6 @@ void launch(const Args<T>& args, int64_t blocks, int device, cudaStream_t stream
   launch(kernel, blocks, Of::threads, Of::bytes, stream, Of::pass == Pass::queries, args);
 }
 
-template <typename T>
-Rows<T> rows_of(const char* op, const Tensor& x) {
-  const auto* data = static_cast<const T*>(x.const_data_ptr());
-  const bool even = x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) % 8 == 0;
-  STD_TORCH_CHECK(x.numel() == 0 || (x.stride(3) == 1 && even && reinterpret_cast<uintptr_t>(data) % 16 == 0), op,
-                  ": rows of q, k and v must be aligned to 16 bytes");
-  return {data, x.stride(0), x.stride(1), x.stride(2)};
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
