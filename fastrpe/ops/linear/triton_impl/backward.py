@@ -23,6 +23,7 @@ from .tiles import (
     add_exponents,
     add_outer,
     add_token,
+    chunk_keys,
     feature_bias,
     half_norm,
     in_float32,
@@ -349,22 +350,7 @@ def _causal_dq_kernel(
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
         b_pk = project_t(b_omega, b_k, PRECISION)
-        if KIND == EXP:
-            b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((BL,), tl.float32)
-            b_e = tl.where(m_l, b_e, MASKED)
-            if WIDE:
-                b_pk = b_pk * exponent + b_bias[:, None] + b_e[None, :]
-                b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1)))
-                b_pk = tl.exp2(b_pk - b_n[:, None])
-            else:
-                b_pk = b_pk * exponent + b_e[None, :]
-                b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1) + b_bias))
-                b_pk = tl.exp2(b_pk + (b_bias - b_n)[:, None])
-            b_old = tl.exp2(b_c - b_n)
-        else:
-            b_pk = nonlinear(b_pk * scale, eps, KIND) * tl.where(m_l, 1.0, 0.0)[None, :]
-            b_old = tl.full((BF,), 1.0, tl.float32)
-            b_n = b_c
+        b_pk, b_n, b_old = chunk_keys(b_pk, b_k, m_l, b_c, b_bias, scale, exponent, eps, NORM, WIDE, KIND)
         b_sum = tl.sum(b_pk, 1)
         b_pk_t = operand(b_pk, DTYPE, PRECISION)
         b_kv *= b_old[:, None]

@@ -301,6 +301,30 @@ def query_weights(b_pq, b_n, b_bias, exponent, WIDE: tl.constexpr):
     return b_pq, b_r
 
 
+@triton.jit
+def chunk_keys(
+    b_pk, b_k, m_l, b_c, b_bias, scale, exponent, eps, NORM: tl.constexpr, WIDE: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """A chunk's features of keys (BF, BL) from projections, what they are relative to, and the factor of old sums."""
+    if KIND == EXP:
+        b_e = half_norm(b_k, scale) * -1.0 if NORM else tl.zeros((b_pk.shape[1],), tl.float32)
+        b_e = tl.where(m_l, b_e, MASKED)
+        if WIDE:
+            b_pk = b_pk * exponent + b_bias[:, None] + b_e[None, :]
+            b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1)))
+            b_pk = tl.exp2(b_pk - b_n[:, None])
+        else:
+            b_pk = b_pk * exponent + b_e[None, :]
+            b_n = tl.maximum(b_c, tl.ceil(tl.max(b_pk, 1) + b_bias))
+            b_pk = tl.exp2(b_pk + (b_bias - b_n)[:, None])
+        b_old = tl.exp2(b_c - b_n)
+    else:
+        b_pk = nonlinear(b_pk * scale, eps, KIND) * tl.where(m_l, 1.0, 0.0)[None, :]
+        b_old = tl.full((b_pk.shape[0],), 1.0, tl.float32)
+        b_n = b_c
+    return b_pk, b_n, b_old
+
+
 # Token by token: exact whatever the keys, and slow -------------------------------------------------------------------
 
 
