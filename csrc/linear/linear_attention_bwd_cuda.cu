@@ -1435,9 +1435,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
                   ": q must have dtype float16 or bfloat16");
-  STD_TORCH_CHECK((kind == exp || (kind == positive && omega)) && !causal && eps == 0 && normalize && !cu_seqlens &&
-                      !kv && !z && !log_scale && !dkv && !dz,
-                  op, ": on a GPU attention must be bidirectional and normalised, by positive features or exp");
+  STD_TORCH_CHECK((kind == exp || (kind == positive && omega)) && eps == 0 && normalize && !cu_seqlens && !kv && !z &&
+                      !log_scale && !dkv && !dz,
+                  op, ": on a GPU attention must be normalised, by positive features or exp, and without a state");
+  if (causal) {
+    return linear_attention_causal_bwd_cuda(dout, q, k, v, omega, kind, scale, bias, mask, need_omega);
+  }
   for (const auto& [argument, x] : {std::pair{"k", &k}, {"v", &v}, {"dout", &dout}}) {
     check_like(op, argument, *x, dtype, q);
   }

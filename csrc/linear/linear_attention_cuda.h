@@ -37,5 +37,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     const std::optional<Tensor>& log_scale, const Tensor& last_kv, const Tensor& last_z, const Tensor& last_log_scale,
     bool need_omega);
 
+// The same of causal attention, in bfloat16 and with 64 or 128 features; the state behind the last key has no gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_causal_bwd_cuda(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& omega,
+    int64_t kind, double scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool need_omega);
+
 }  // namespace linear
 }  // namespace fastrpe

@@ -89,8 +89,8 @@ def linear_attention(
         state: the keys before the first, from an earlier call with ``return_state``; causal alone.
         return_state: give the state behind the last key too, for the next call; causal alone.
         backend: ``"reference"``, ``"native"`` (CPU; on Hopper normalised positive, oprf or exp features in 16 bits,
-            bfloat16 when causal, with D = V = 64 and 64, 128 or 256 features; Triton has the causal gradients),
-            ``"triton"`` (GPU), or None for the fastest that runs here.
+            bfloat16 when causal, with D = V = 64 and 64, 128 or 256 features; Triton has the gradients of causal
+            states and of 256 causal features), ``"triton"`` (GPU), or None for the fastest that runs here.
 
     Returns:
         ``(B, H, L, V)``, contiguous, of the dtype of q; with ``return_state`` a pair of it and the `State`. Rows whose

@@ -144,8 +144,8 @@ def _gradients(
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
-    if backend == "native" and q.is_cuda and (causal or dkv is not None or dz is not None):
-        backend = "triton"  # which has the gradients that the CUDA kernels have not
+    if backend == "native" and q.is_cuda and not _has_gradients(q, omega, causal, kv, dkv, dz):
+        backend = "triton"
     prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
@@ -170,6 +170,14 @@ def _gradients(
             domega = domega * factor + 2 * a.to(domega.dtype) * dbias.unsqueeze(-1) * wide
         domega = _to(domega, omega.dtype)
     return dq, dk, dv, domega, da, dkv0, dz0
+
+
+def _has_gradients(
+    q: Tensor, omega: Tensor | None, causal: bool, kv: Tensor | None, dkv: Tensor | None, dz: Tensor | None
+) -> bool:
+    """Whether CUDA kernels have the gradients of a call that they take forwards; Triton's have the others."""
+    few = omega is None or omega.shape[-2] <= 128
+    return kv is None and dkv is None and dz is None and (few or not causal)
 
 
 def _linear_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
