@@ -1438,6 +1438,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   STD_TORCH_CHECK((kind == exp || (kind == positive && omega)) && eps == 0 && normalize && !cu_seqlens && !kv && !z &&
                       !log_scale && !dkv && !dz,
                   op, ": on a GPU attention must be normalised, by positive features or exp, and without a state");
+  need_omega &= omega.has_value();
   if (causal) {
     return linear_attention_causal_bwd_cuda(dout, q, k, v, omega, kind, scale, bias, mask, need_omega);
   }
