@@ -361,6 +361,9 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
   });
   copies_visible();
   __syncthreads();
+  if (args.kv == nullptr) {
+    return;
+  }
   // Only now: the barrier would wait for the state's way to global memory.
   each([&](int row, int u, const float2(&sums)[4], float z, float c) {
     store_state<Of::M>(args, place, row, u, sums, z, c);
@@ -592,7 +595,9 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
       }
     }
   }
-  store_state<M>(args, place, row, u, sum, z, c);
+  if (args.kv != nullptr) {
+    store_state<M>(args, place, row, u, sum, z, c);
+  }
   reinterpret_cast<uint4*>(args.means)[i] = mean_value<T>(sum, z);
   if (u == 0) {
     args.exponents[i / pieces] = query_exponent(args, place.h, row, z, c);
@@ -624,7 +629,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& omega, int64_t kind, bool causal,
     double scale, const std::optional<Tensor>& bias, double eps, bool normalize, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
-    const std::optional<Tensor>& log_scale) {
+    const std::optional<Tensor>& log_scale, bool need_state) {
   const char* op = "linear_attention";
   constexpr int64_t positive = 0, exp = 5;
   const ScalarType dtype = q.scalar_type();
@@ -673,9 +678,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   const int index = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   Tensor out = new_empty(q, {B, H, L, width}, dtype);
-  Tensor new_kv = new_empty(q, {B, Hk, M, width}, ScalarType::Float);
-  Tensor new_z = new_empty(q, {B, Hk, M}, ScalarType::Float),
-         new_log_scale = new_empty(q, {B, Hk, M}, ScalarType::Float);
+  const auto of_state = [&](std::vector<int64_t> sizes) {
+    return new_empty(q, need_state ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  };
+  Tensor new_kv = of_state({B, Hk, M, width}), new_z = of_state({B, Hk, M}), new_log_scale = of_state({B, Hk, M});
   if (heads == 0) {
     return {out, new_kv, new_z, new_log_scale};
   }
@@ -695,9 +701,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.bias_h = bias && bias->numel() == Hk * M && bias->dim() > 1 ? F : 0;
     args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
     args.out = static_cast<T*>(out.mutable_data_ptr());
-    args.kv = static_cast<float*>(new_kv.mutable_data_ptr());
-    args.z = static_cast<float*>(new_z.mutable_data_ptr());
-    args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
+    if (need_state) {
+      args.kv = static_cast<float*>(new_kv.mutable_data_ptr());
+      args.z = static_cast<float*>(new_z.mutable_data_ptr());
+      args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
+    }
     if (starts) {
       args.kv0 = static_cast<const float*>(kv->const_data_ptr());
       args.z0 = static_cast<const float*>(z->const_data_ptr());
