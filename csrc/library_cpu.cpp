@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(fastrpe_native, m) {
   m.def("fwht(Tensor x, float scale) -> Tensor");
   m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? omega, int kind, bool causal, float scale, Tensor? bias, "
-      "float eps, bool normalize, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? z, Tensor? log_scale) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "float eps, bool normalize, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? z, Tensor? log_scale, "
+      "bool need_state) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_attention_bwd(Tensor dout, Tensor? dkv, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? omega, "
       "int kind, bool causal, float scale, Tensor? bias, float eps, bool normalize, Tensor? mask, Tensor? cu_seqlens, "

@@ -3,6 +3,10 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <atomic>
 
 #include "checks.h"
 
@@ -77,6 +81,17 @@ inline cudaStream_t current_stream(const Tensor& x) {
   void* stream;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+// Lets a kernel have that much shared memory; Of tells kernels of one type apart.
+template <typename Of, typename Kernel>
+void allow_memory(Kernel kernel, int device) {
+  static std::atomic<uint64_t> prepared{0};  // devices
+  const uint64_t bit = uint64_t{1} << device % 64;
+  if (device >= 64 || (prepared.load() & bit) == 0) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes));
+    prepared.fetch_or(bit);
+  }
 }
 
 inline int ceil_div(int64_t a, int64_t b) {

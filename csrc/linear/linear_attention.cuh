@@ -4,8 +4,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <atomic>
-
 #include "shared.cuh"
 
 namespace fastrpe {
@@ -22,7 +20,7 @@ struct Args {
   const float* bias;  // (M,) or (Hk, M), or null
   const bool* mask;   // (B, S), or null
   T* out;             // (B, H, L, V)
-  float *kv, *z, *log_scale;
+  float *kv, *z, *log_scale;           // the state behind the last key, or null
   const float *kv0, *z0, *log_scale0;  // the state before the first key, or null
   // With three kernels: the sums of keys, logarithms to base 2, of block i and head j in slot i + j, and what queries
   // read, the means' columns in the order of the product.
@@ -67,17 +65,6 @@ __device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, 
 template <typename T>
 __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
   return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
-}
-
-// Lets a kernel have that much shared memory; Of tells kernels of one type apart.
-template <typename Of, typename Kernel>
-void allow_memory(Kernel kernel, int device) {
-  static std::atomic<uint64_t> prepared{0};  // devices
-  const uint64_t bit = uint64_t{1} << device % 64;
-  if (device >= 64 || (prepared.load() & bit) == 0) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes));
-    prepared.fetch_or(bit);
-  }
 }
 
 // How many equal shares of the tiles of all key heads causal attention takes, each with the sums of the keys before it:

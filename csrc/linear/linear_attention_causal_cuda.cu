@@ -497,7 +497,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
     }
     copies_end();
     walk<Of>(args, memory, tile, query, stage, bias, kv, z, c);
-    if (query == 0 && tile.is_last(args)) {
+    if (query == 0 && args.kv != nullptr && tile.is_last(args)) {
       store_state<Of::M>(args, tile, feature, bias, kv, z, c);
     }
     tile = copies.tile;

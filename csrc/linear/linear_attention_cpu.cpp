@@ -965,7 +965,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& omega, int64_t kind, bool causal,
     double scale, const std::optional<Tensor>& bias, double eps, bool normalize, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
-    const std::optional<Tensor>& log_scale) {
+    const std::optional<Tensor>& log_scale, bool need_state) {
   const char* op = "linear_attention";
   const Kind which = static_cast<Kind>(kind);
   const Shape s = shape_of(op, q, k, v, omega, which, causal, bias, mask, cu_seqlens);
@@ -992,6 +992,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cpu(
       full_fwd(p, y, state);
     }
   });
+  if (!need_state) {
+    sums = new_empty(q, {0}, acc);
+    z1 = new_empty(q, {0}, acc);
+    c1 = new_empty(q, {0}, acc);
+  }
   return {out, sums, z1, c1};
 }
 

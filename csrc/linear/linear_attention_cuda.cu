@@ -30,60 +30,41 @@ struct Range {
   static constexpr float limit = std::is_same_v<T, Half> ? 15.f : 8.f;
 };
 
-// Teams of warpgroups take a head's tiles of keys by turns, and add their sums. Shared memory is in units of 16 bytes;
-// rows of 128 bytes are swizzled.
+// Shared memory is in units of 16 bytes; rows of 128 bytes are swizzled.
 template <Pass Kernel, int Features>
 struct Plan {
   static constexpr Pass pass = Kernel;
   static constexpr int M = Features;
-  static constexpr int teams = pass == Pass::both && M == 64 ? 2 : 1;
-  static constexpr int team_threads = 2 * M;  // a warpgroup for each 64 features
-  static constexpr int threads = teams * team_threads;
+  static constexpr int threads = 2 * M;         // a warpgroup for each 64 features
   static constexpr int groups = threads / 128;  // warpgroups
   static constexpr int blocks = 4 / groups;     // of a multiprocessor
   static constexpr int features = M * pieces;   // of a matrix of M rows
   static constexpr int matrices = pass == Pass::both ? 2 : pass == Pass::keys ? 1 : 3;
   static constexpr int keys = M == 64 ? 64 : 128;  // of a tile
   static constexpr int stage = 2 * keys * pieces;
-  static constexpr int stages = pass == Pass::both || M == 64 ? 2 : M == 128 ? 3 : 6;  // of a team
-  static constexpr int rows = 64;                                                      // queries of a tile
-  static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;                // tiles of a warpgroup
+  static constexpr int stages = pass == Pass::both || M == 64 ? 2 : M == 128 ? 3 : 6;
+  static constexpr int rows = 64;                                        // queries of a tile
+  static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;  // tiles of a warpgroup
   static constexpr int rings = groups * ring * rows * pieces;
-  static constexpr int pool = pass == Pass::queries ? rings : teams * stages * stage;
-  static constexpr int exchange = teams * M * width / 4;  // sums in float32, at the beginning of the pool
-  static constexpr int floats = pass == Pass::both   ? (3 + 2 * teams) * M + teams * keys
-                                : pass == Pass::keys ? keys
-                                                     : 2 * M;
+  static constexpr int pool = pass == Pass::queries ? rings : stages * stage;
+  static constexpr int floats = pass == Pass::both ? M + keys : pass == Pass::keys ? keys : 2 * M;
   static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
-  static_assert(pass != Pass::both || pool == exchange + rings);
+  static_assert(pass != Pass::both || pool == stage + rings);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
-
-  static __device__ __forceinline__ int team() {
-    return teams == 1 ? 0 : threadIdx.x / team_threads;
-  }
-
-  static __device__ __forceinline__ int member() {
-    return teams == 1 ? threadIdx.x : threadIdx.x % team_threads;
-  }
 };
 
 // With a kernel of their own, queries have two sets of means and exponents, of neighbouring heads.
 template <typename Of>
 struct Memory {
   uint4 *omega, *means, *pool;
-  float *exponents, *z, *c;
-  float2* all;  // z and c of all keys
-  float* key_bias;
+  float *exponents, *key_bias;
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + Of::features),
         pool(omega + Of::matrices * Of::features),
         exponents(reinterpret_cast<float*>(pool + Of::pool)),
-        z(exponents + Of::M),
-        c(z + Of::teams * Of::M),
-        all(reinterpret_cast<float2*>(c + Of::teams * Of::M)),
-        key_bias(Of::pass == Pass::keys ? exponents : reinterpret_cast<float*>(all + Of::M)) {}
+        key_bias(exponents + (Of::pass == Pass::keys ? 0 : Of::M)) {}
 
   __device__ __forceinline__ uint4* means_of(int head) const {
     return means + (Of::pass == Pass::queries ? head % 2 * Of::features : 0);
@@ -129,8 +110,8 @@ struct Place {
 // The exponents that a tile of keys adds to its projections.
 template <typename Of, typename T>
 __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
-  constexpr int parts = Of::team_threads / Of::keys, keys = 32 / parts;  // of a key; of a warp
-  const int key = Of::member() / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
+  constexpr int parts = Of::threads / Of::keys, keys = 32 / parts;  // of a key; of a warp
+  const int key = threadIdx.x / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
   float sum = 0;
   if (args.norm != 0) {
 #pragma unroll
@@ -187,12 +168,6 @@ __device__ __forceinline__ void add(float2& to, float x, float y, float factor) 
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ __forceinline__ void swap_if(bool condition, float2& a, float2& b) {
-  const float2 first = a;
-  a = condition ? b : first;
-  b = condition ? first : b;
-}
 
 // c (64 rows x 2 R) = a b^T over the width.
 template <typename T, int R>
@@ -260,30 +235,25 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 }
 
 // The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
-// they are a team's, and `last` is called when the pool but for the team's first stage is free; otherwise a head's sums
-// are stored where they end.
+// `last` is called when the pool but for its first stage is free; otherwise a head's sums are stored where they end.
 template <typename Of, typename T, typename Last>
 __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, float (&kv)[32], float (&z)[2],
                                          float (&c)[2], Last&& last) {
-  constexpr int step = Of::teams * Of::keys;
   Place at = Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.key_tiles);
   if constexpr (Of::pass == Pass::both) {
-    at.tile = Of::team();
-    at.count = (args.key_tiles - at.tile + Of::teams - 1) / Of::teams;
+    at.count = args.key_tiles;
   }
   const int count = at.count;
   int head = at.head, first = at.tile * Of::keys, next = first;  // keys
   // The last tile lies in the first stage.
-  const auto stage_of = [&](int i) {
-    return memory.pool + ((count - 1 - i) % Of::stages * Of::teams + Of::team()) * Of::stage;
-  };
+  const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
     if (i < count) {
       uint4* stage = stage_of(i);
       const auto inside = [&](int key) { return takes_part(args, at.b, key); };
-      fetch<Of::team_threads, Of::keys>(args.k.at(at.b, at.h), args.k.l, next, stage, inside);
-      fetch<Of::team_threads, Of::keys>(args.v.at(at.b, at.h), args.v.l, next, stage + Of::stage / 2, inside);
-      next += step;
+      fetch<Of::threads, Of::keys>(args.k.at(at.b, at.h), args.k.l, next, stage, inside);
+      fetch<Of::threads, Of::keys>(args.v.at(at.b, at.h), args.v.l, next, stage + Of::stage / 2, inside);
+      next += Of::keys;
       if (Of::pass == Pass::keys && next >= args.S) {
         next = 0;
         at.next_head(args);
@@ -309,12 +279,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       copies_wait<Of::stages - 2>();
     }
     copies_visible();
-    // This stage is there, and everyone has left the one before.
-    if (Of::teams == 1 || i == 0) {
-      __syncthreads();
-    } else {
-      warpgroup_sync();
-    }
+    __syncthreads();  // this stage is there, and everyone has left the one before
     if constexpr (Of::pass == Pass::keys) {
       if (args.projection.head != 0 && first == 0 && i > 0) {
         fill_projection<T, Of::M, Of::threads>(args.projection, head % args.Hk, memory.omega);
@@ -332,17 +297,12 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       last();
     }
     float s[Of::keys / 2];
-    float* key_bias = memory.key_bias + Of::team() * Of::keys;
-    project<T>(s, memory.omega + Of::member() / 128 * 64 * pieces, stage);
-    fill_key_bias<Of>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first, key_bias);
-    if constexpr (Of::teams == 1) {
-      __syncthreads();
-    } else {
-      warpgroup_sync();
-    }
+    project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
+    fill_key_bias<Of>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first, memory.key_bias);
+    __syncthreads();
     products_wait(s);
     float top[2] = {masked, masked};
-    add_exponents(s, args.scale, key_bias, top);
+    add_exponents(s, args.scale, memory.key_bias, top);
     top[0] = largest_of_four(top[0]);
     top[1] = largest_of_four(top[1]);
     if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
@@ -356,7 +316,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       rescale(kv, z, factor);
     }
     add_values<T>(kv, z, s, c, stage + Of::stage / 2);
-    first += step;
+    first += Of::keys;
     if constexpr (Of::pass == Pass::keys) {
       if (first >= args.S || i == count - 1) {
         store_part<Of>(args, head, kv, z, c);
@@ -371,83 +331,43 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       }
     }
   }
-  if constexpr (Of::pass == Pass::both) {
-    if (count == 0) {
-      copies_wait<0>();
-      copies_visible();
-      __syncthreads();
-      last();
-    }
-    z[0] = sum_of_four(z[0]);
-    z[1] = sum_of_four(z[1]);
-  }
 }
 
-// Adds the teams' sums, in shared memory.
+// The means and exponents of a head, to shared memory, and its state. A thread holds pieces t and 4 + t of two rows.
 template <typename Of, typename T>
-__device__ __forceinline__ void exchange_sums(const Args<T>& args, const Memory<Of>& memory, const float (&kv)[32],
-                                              const float (&z)[2], const float (&c)[2]) {
-  constexpr int M = Of::M;
-  float* sums = reinterpret_cast<float*>(memory.pool);
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + g;  // of all teams
-  __syncthreads();  // everyone has left the last stage
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float* to = sums + (feature + 8 * i) * width + 8 * t;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {  // pair j % 4 of piece 4 (j / 4) + t, spread over the banks
-      *reinterpret_cast<float2*>(to + j / 4 * 32 + (j % 4 ^ g % 4) * 2) = {kv[4 * j + 2 * i], kv[4 * j + 2 * i + 1]};
-    }
-    if (t == 0) {
-      memory.z[feature + 8 * i] = z[i];
-      memory.c[feature + 8 * i] = c[i];
-    }
-  }
-  __syncthreads();
+__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>& memory, const float (&kv)[32],
+                                           const float (&z)[2], const float (&c)[2]) {
   const Place place(args, this_block());
-  for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
-    const int row = n / pieces, u = n % pieces;
-    float all_c = empty, all_z = 0;
+  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const float total[2] = {sum_of_four(z[0]), sum_of_four(z[1])};
+  const auto each = [&](auto&& take) {
 #pragma unroll
-    for (int team = 0; team < Of::teams; ++team) {
-      all_c = fmaxf(all_c, memory.c[team * M + row]);
-    }
-    float2 sum[4] = {};
-    float* from = sums + row * width + u * 8;
+    for (int n = 0; n < 4; ++n) {
+      const int i = n / 2, half = n % 2;
+      float2 sums[4];
 #pragma unroll
-    for (int team = 0; team < Of::teams; ++team) {
-      const float factor = exp2_approximate(memory.c[team * M + row] - all_c);
-      const float4* parts = reinterpret_cast<const float4*>(from + team * M * width);
-      const float4 x = parts[0], y = parts[1];
-      all_z = fmaf(memory.z[team * M + row], factor, all_z);
-      add(sum[0], x.x, x.y, factor);
-      add(sum[1], x.z, x.w, factor);
-      add(sum[2], y.x, y.y, factor);
-      add(sum[3], y.z, y.w, factor);
+      for (int p = 0; p < 4; ++p) {
+        const int at = 16 * half + 4 * p + 2 * i;
+        sums[p] = {kv[at], kv[at + 1]};
+      }
+      take(feature + 8 * i, 4 * half + t, sums, total[i], c[i]);
     }
-    swap_if(row & 1, sum[0], sum[1]);
-    swap_if(row & 1, sum[2], sum[3]);
-    swap_if(row & 2, sum[0], sum[2]);
-    swap_if(row & 2, sum[1], sum[3]);
-    memory.means[piece(row, u)] = mean_value<T>(sum, all_z);
-    // The state waits here, where nobody else looks: the barrier would wait for its way to global memory.
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      reinterpret_cast<float2*>(from)[p] = sum[p];
-    }
+  };
+  each([&](int row, int u, const float2(&sums)[4], float z, float c) {
+    memory.means[piece(row, u)] = mean_value<T>(sums, z);
     if (u == 0) {
-      memory.exponents[row] = query_exponent(args, place.h, row, all_z, all_c);
-      memory.all[row] = {all_z, all_c};
+      memory.exponents[row] = query_exponent(args, place.h, row, z, c);
     }
-  }
+  });
   copies_visible();
   __syncthreads();
-  for (int n = threadIdx.x; n < Of::features; n += Of::threads) {
-    const int row = n / pieces, u = n % pieces;
-    const float2* kept = reinterpret_cast<const float2*>(sums + row * width + u * 8);
-    const float2 kv[4] = {kept[0], kept[1], kept[2], kept[3]}, all = memory.all[row];
-    store_state<M>(args, place, row, u, kv, all.x, all.y);
+  if (args.kv == nullptr) {
+    return;
   }
+  // Only now: the barrier would wait for the state's way to global memory.
+  each([&](int row, int u, const float2(&sums)[4], float z, float c) {
+    store_state<Of::M>(args, place, row, u, sums, z, c);
+  });
 }
 
 // This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
@@ -531,6 +451,8 @@ struct Queries {
           copies_visible();
           __syncthreads();
         }
+      } else if constexpr (Of::groups == 1) {
+        __syncthreads();
       } else {
         warpgroup_barrier(threadIdx.x / 128);
       }
@@ -616,9 +538,9 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
       let_next_begin();
       sum_keys(args, memory, kv, z, c, [] {});
     } else {
-      uint4* rings = memory.pool + Of::exchange;
+      uint4* rings = memory.pool + Of::stage;
       sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start_copies(0, Of::ring); });
-      exchange_sums(args, memory, kv, z, c);
+      share_sums(args, memory, kv, z, c);
       Queries<Of, T>(args, rings, Of::ring).run(memory);
     }
   }
@@ -673,7 +595,9 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
       }
     }
   }
-  store_state<M>(args, place, row, u, sum, z, c);
+  if (args.kv != nullptr) {
+    store_state<M>(args, place, row, u, sum, z, c);
+  }
   reinterpret_cast<uint4*>(args.means)[i] = mean_value<T>(sum, z);
   if (u == 0) {
     args.exponents[i / pieces] = query_exponent(args, place.h, row, z, c);
@@ -685,11 +609,10 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
 // 64 weights on every multiprocessor.
 template <typename Of, typename T>
 bool takes_one_launch(const Args<T>& args, int64_t multiprocessors) {
-  const int64_t tiles = int64_t{ceil_div(args.key_tiles, Of::teams)} * (Of::teams * Of::keys / 64) +
-                        int64_t{args.query_steps} * Of::groups;
+  const int64_t tiles = int64_t{args.key_tiles} * (Of::keys / 64) + int64_t{args.query_steps} * Of::groups;
   const int64_t work = tiles * (Of::M / 64);
-  // A lone block on a multiprocessor with room for two is slower than half of two.
-  const int64_t twice = std::max(2 * ceil_div(args.heads, multiprocessors), Of::blocks > 1 ? 3 : 2);
+  // Half of the time that blocks take on a multiprocessor is the same for any number that it has room for at once.
+  const int64_t blocks = ceil_div(args.heads, multiprocessors), twice = blocks + std::max<int64_t>(blocks, Of::blocks);
   return 7 * twice * work * multiprocessors <= 20 * (args.heads * work + 9 * multiprocessors);
 }
 
@@ -706,7 +629,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& omega, int64_t kind, bool causal,
     double scale, const std::optional<Tensor>& bias, double eps, bool normalize, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
-    const std::optional<Tensor>& log_scale) {
+    const std::optional<Tensor>& log_scale, bool need_state) {
   const char* op = "linear_attention";
   constexpr int64_t positive = 0, exp = 5;
   const ScalarType dtype = q.scalar_type();
@@ -755,9 +678,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
   const int index = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   Tensor out = new_empty(q, {B, H, L, width}, dtype);
-  Tensor new_kv = new_empty(q, {B, Hk, M, width}, ScalarType::Float);
-  Tensor new_z = new_empty(q, {B, Hk, M}, ScalarType::Float),
-         new_log_scale = new_empty(q, {B, Hk, M}, ScalarType::Float);
+  const auto of_state = [&](std::vector<int64_t> sizes) {
+    return new_empty(q, need_state ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  };
+  Tensor new_kv = of_state({B, Hk, M, width}), new_z = of_state({B, Hk, M}), new_log_scale = of_state({B, Hk, M});
   if (heads == 0) {
     return {out, new_kv, new_z, new_log_scale};
   }
@@ -777,9 +701,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.bias_h = bias && bias->numel() == Hk * M && bias->dim() > 1 ? F : 0;
     args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
     args.out = static_cast<T*>(out.mutable_data_ptr());
-    args.kv = static_cast<float*>(new_kv.mutable_data_ptr());
-    args.z = static_cast<float*>(new_z.mutable_data_ptr());
-    args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
+    if (need_state) {
+      args.kv = static_cast<float*>(new_kv.mutable_data_ptr());
+      args.z = static_cast<float*>(new_z.mutable_data_ptr());
+      args.log_scale = static_cast<float*>(new_log_scale.mutable_data_ptr());
+    }
     if (starts) {
       args.kv0 = static_cast<const float*>(kv->const_data_ptr());
       args.z0 = static_cast<const float*>(z->const_data_ptr());

@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(const Tensor& q
                                                                  const std::optional<Tensor>& cu_seqlens,  // (N + 1,)
                                                                  const std::optional<Tensor>& kv,  // (N, Hk, F, V)
                                                                  const std::optional<Tensor>& z,   // (N, Hk, F)
-                                                                 const std::optional<Tensor>& log_scale);  // as z
+                                                                 const std::optional<Tensor>& log_scale,  // as z
+                                                                 bool need_state);
 
 // Gradients of q, k, v, omega, bias, kv and z; an empty tensor where there is nothing or no need. Of the same cases,
 // bidirectional, from the forward's state, which has no gradient of its own; those of omega and bias are float32.

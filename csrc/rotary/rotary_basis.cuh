@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
@@ -23,7 +24,9 @@ struct BasisArgs {
   T *yq, *yk;                      // contiguous
   const float* positions;
   const float* freqs;
-  const T* basis;  // (D, D) or (sets, D, D)
+  const void* basis;  // (D, D) or (sets, D, D), of T or float
+  bool wide;          // of float
+  bool columns;       // its columns are contiguous, not its rows
   int64_t basis_set;
   int64_t freq_set;  // strides of a set, 0 where shared
   float factor, sign;
@@ -65,17 +68,35 @@ __device__ __forceinline__ int plane_of(int column) {
   return pass * 32 + (Interleaved ? j / 4 * 16 + t * 4 + j % 4 : t * 8 + j);
 }
 
+// Copies N values of a basis, as many as an asynchronous copy takes, or rounds them.
+template <typename T, int N>
+__device__ __forceinline__ void copy_values(const T* from, void* to) {
+  copy_async<sizeof(T) * N>(to, from, true);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void copy_values(const float* from, void* to) {
+  float values[N];
+#pragma unroll
+  for (int j = 0; j < N; j += 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(from + j);
+    values[j] = pair.x;
+    values[j + 1] = pair.y;
+  }
+  *static_cast<Vec<T, N>*>(to) = narrow<T, N>(values);
+}
+
 // The right operand of the product. Forward, row n of pass p is column 64 p + n of the product: a row of the basis. For
 // the adjoint its rows are the basis's own, and the columns are dealt two at a time.
-template <typename T, int D, bool Interleaved, bool Adjoint>
-__device__ __forceinline__ void fill_basis(const T* basis, uint4* to) {
+template <typename T, int D, bool Interleaved, bool Adjoint, typename From>
+__device__ __forceinline__ void fill_basis(const From* basis, uint4* to) {
   constexpr int threads = Memory<D, 1>::threads, values = Memory<D, 1>::values;
   if constexpr (!Adjoint) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < D * D / 8; i += threads) {
       const int u = i % (D / 8), n = i / (D / 8);
       const int row = coordinate<D, Interleaved>(plane_of<Interleaved>(n), n % 2);
-      copy_async<16>(to + n / 64 * values + piece(n, u), basis + row * D + u * 8, true);
+      copy_values<T, 8>(basis + row * D + u * 8, to + n / 64 * values + piece(n, u));
     }
   } else {
     // A column is that of a thread's neighbouring values: 32 of a row for each 4 threads, 8 for each, 2 for each j.
@@ -84,7 +105,7 @@ __device__ __forceinline__ void fill_basis(const T* basis, uint4* to) {
 #pragma unroll 8
     for (int row = threadIdx.x / (D / 2); row < D; row += threads / (D / 2)) {
       uint32_t* piece_of_row = reinterpret_cast<uint32_t*>(to + pass * values + row * 8 + (j ^ row % 8));
-      copy_async<4>(piece_of_row + t, basis + row * D + column, true);
+      copy_values<T, 2>(basis + row * D + column, piece_of_row + t);
     }
   }
 }
@@ -212,11 +233,36 @@ __device__ __forceinline__ void phases(const BasisArgs<T>& args, const float* hi
   }
 }
 
-template <typename T>
-inline bool aligned(const View<const T>& x) {
-  const Strides& stride = x.stride;
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && stride.d == 1 && stride.b % 8 == 0 && stride.h % 8 == 0 &&
-         stride.l % 8 == 0;
+// A contiguous copy.
+inline Tensor copy_of(const Tensor& x, ScalarType dtype) {
+  const auto sizes = x.sizes();
+  Tensor y = new_empty(x, {sizes.begin(), sizes.end()}, dtype);
+  torch::stable::copy_(y, x);
+  return y;
+}
+
+// Whether a tensor begins at a multiple of 16 bytes.
+inline bool aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+}
+
+// Values (B, H, L, D), or a copy, with every row at a multiple of 16 bytes.
+inline Tensor with_aligned_rows(const Tensor& x) {
+  const Strides stride = strides_of(x);
+  const bool even = stride.b % 8 == 0 && stride.h % 8 == 0 && stride.l % 8 == 0;
+  return stride.d == 1 && even && aligned(x) ? x : copy_of(x, x.scalar_type());
+}
+
+// A basis, or a copy, in the dtype of the values, or in float32 where the kernel `rounds`; its rows are contiguous, or
+// its columns where the kernel takes `columns`.
+inline Tensor operand_of(const Tensor& basis, ScalarType dtype, bool rounds, bool columns) {
+  const int64_t n = basis.dim(), D = basis.size(n - 1), row = basis.stride(n - 2), column = basis.stride(n - 1);
+  const bool dense = (row == D && column == 1) || (columns && row == 1 && column == D);
+  const bool wide = rounds && basis.scalar_type() == ScalarType::Float;
+  if (dense && aligned(basis) && (n == 2 || basis.stride(0) % 8 == 0) && (wide || basis.scalar_type() == dtype)) {
+    return basis;
+  }
+  return copy_of(basis, wide ? ScalarType::Float : dtype);
 }
 
 inline int attribute(const Tensor& x, cudaDeviceAttr which) {
@@ -339,10 +385,8 @@ struct BasisProblem {
   BasisProblem(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& freqs,
                const Tensor& basis, int64_t prefix)
       : shape(shape_of(op, q, k, positions, freqs, prefix, false)) {
-    check_like(op, "basis", basis, q.scalar_type(), q);
+    check_like(op, "basis", basis, basis.scalar_type(), q);
     const int64_t n = basis.dim();
-    STD_TORCH_CHECK(basis.is_contiguous() && reinterpret_cast<uintptr_t>(basis.const_data_ptr()) % 16 == 0, op,
-                    ": basis must be contiguous and aligned to 16 bytes");
     STD_TORCH_CHECK(
         (n == 2 || n == 3) && basis.size(n - 1) == shape.D && basis.size(n - 2) == shape.D && 2 * shape.R == shape.D,
         op, ": basis must have shape (D, D) or (H, D, D), and freqs D // 2 planes");
@@ -368,20 +412,22 @@ struct BasisProblem {
     return int64_t{ceil_div(shape.L, tile)} * shape.B * (shape.H + shape.Hk);
   }
 
+  // Of values with aligned rows and a basis as operand_of gives them.
   template <typename T>
-  BasisArgs<T> args(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& freqs,
-                    const Tensor& basis, double factor, bool inverse, Tensor& yq, Tensor& yk) const {
+  BasisArgs<T> args(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& freqs, const Tensor& basis,
+                    double factor, bool inverse, Tensor& yq, Tensor& yk) const {
     BasisArgs<T> args{};
     args.shape = shape;
     args.q = input<T>(q);
     args.k = input<T>(k);
-    STD_TORCH_CHECK(aligned(args.q) && aligned(args.k), op, ": rows of q and k must be aligned to 16 bytes");
     args.yq = static_cast<T*>(yq.mutable_data_ptr());
     args.yk = static_cast<T*>(yk.mutable_data_ptr());
     args.positions = static_cast<const float*>(positions.const_data_ptr());
     args.freqs = static_cast<const float*>(freqs.const_data_ptr());
-    args.basis = static_cast<const T*>(basis.const_data_ptr());
-    args.basis_set = basis_sets > 1 ? static_cast<int64_t>(shape.D) * shape.D : 0;
+    args.basis = basis.const_data_ptr();
+    args.wide = basis.scalar_type() == ScalarType::Float;
+    args.columns = basis.stride(basis.dim() - 2) == 1;
+    args.basis_set = basis_sets > 1 ? basis.stride(0) : 0;
     args.freq_set = freq_sets > 1 ? static_cast<int64_t>(shape.C) * shape.R : 0;
     args.factor = static_cast<float>(factor);
     args.sign = inverse ? -1.0f : 1.0f;

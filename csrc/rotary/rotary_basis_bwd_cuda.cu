@@ -27,6 +27,10 @@ struct Layout : Memory<D, Coords> {
       16 * (2 * Of::basis + stages * (2 * Of::values + Of::positions + Of::tile_info) + Of::frequencies);
 };
 
+// Tells kernels apart.
+template <int D, bool Interleaved, int Coords>
+struct Variant : Layout<D, Coords> {};
+
 template <typename T>
 struct GradientArgs : BasisArgs<T> {
   float* dbasis;  // (sets, blocks, D, D), or null where not needed
@@ -88,8 +92,16 @@ __global__ void __launch_bounds__(2 * D, Layout<D, Coords>::blocks)
     }
   };
   start_next();
-  fill_basis<T, D, Interleaved, false>(args.basis + set * args.basis_set, basis);
-  fill_basis<T, D, Interleaved, true>(args.basis + set * args.basis_set, transposed);
+  const auto fill = [&](const auto* from) {
+    from += set * args.basis_set;
+    fill_basis<T, D, Interleaved, false>(from, basis);
+    fill_basis<T, D, Interleaved, true>(from, transposed);
+  };
+  if (args.wide) {
+    fill(static_cast<const float*>(args.basis));
+  } else {
+    fill(static_cast<const T*>(args.basis));
+  }
   fill_frequencies<D>(args, set, frequencies);
   copies_end();
 #pragma unroll
@@ -212,6 +224,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
   const Shape& shape = problem.shape;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Tensor dq = new_empty_like(q), dk = new_empty_like(k);
+  const Tensor xq = with_aligned_rows(q), xk = with_aligned_rows(k);
+  const Tensor upstream_q = with_aligned_rows(dyq), upstream_k = with_aligned_rows(dyk);
+  const Tensor P = operand_of(basis, q.scalar_type(), true, false);
   const int64_t units = problem.tiles() / shape.sets, D = shape.D;
   const int64_t resident =
       attribute(q, cudaDevAttrMultiProcessorCount) * (D > 64 ? Layout<128, 1>::blocks : Layout<64, 1>::blocks);
@@ -232,11 +247,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     GradientArgs<T> args{};
-    static_cast<BasisArgs<T>&>(args) = problem.args<T>(op, dyq, dyk, positions, freqs, basis, factor, true, dq, dk);
-    args.other_q = input<T>(q);
-    args.other_k = input<T>(k);
-    STD_TORCH_CHECK(aligned(args.other_q) && aligned(args.other_k), op,
-                    ": rows of q and k must be aligned to 16 bytes");
+    static_cast<BasisArgs<T>&>(args) =
+        problem.args<T>(upstream_q, upstream_k, positions, freqs, P, factor, true, dq, dk);
+    args.other_q = input<T>(xq);
+    args.other_k = input<T>(xk);
     args.units = static_cast<uint32_t>(units);
     args.share = static_cast<uint32_t>(share);
     args.dbasis = need_basis ? static_cast<float*>(basis_parts.mutable_data_ptr()) : nullptr;
@@ -245,9 +259,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_basis_bwd_cuda(const Tensor& d
       constexpr int D = d, Coords = coords;
       constexpr bool Interleaved = layout;
       const auto kernel = rotate_basis_bwd_kernel<T, D, Interleaved, Coords>;
-      const size_t bytes = Layout<D, Coords>::bytes;
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      kernel<<<dim3(blocks, shape.sets), 2 * D, bytes, current_stream(q)>>>(args);
+      using Of = Variant<D, Interleaved, Coords>;
+      allow_memory<Of>(kernel, q.get_device_index());
+      kernel<<<dim3(blocks, shape.sets), Of::threads, Of::bytes, current_stream(q)>>>(args);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   };

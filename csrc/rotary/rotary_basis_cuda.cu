@@ -25,6 +25,10 @@ struct Pair {
   static constexpr size_t bytes = 16 * (2 * tile + basis + frequencies);
 };
 
+// Tells kernels apart.
+template <int D, bool Interleaved, bool Adjoint, int Coords>
+struct Variant : Pair<D, Coords> {};
+
 // Rows of one item, from a block's first token on.
 template <typename T>
 struct Item {
@@ -57,6 +61,35 @@ __device__ __forceinline__ void fetch_rows(const T* from, int64_t stride, int un
     source += step * stride;
   }
 }
+
+// A thread's share of a basis of floats, on its way to where fetch_rows would copy one of T.
+template <int D>
+struct Share {
+  static constexpr int per_row = D / 4, threads = 256, rows = threads / per_row;  // a step of so many keeps the swizzle
+  float4 values[D / rows];
+
+  // Where it stands: the compiler would move it to its use, behind other waits.
+  __device__ __forceinline__ void load(const float* from) {
+#pragma unroll
+    for (int n = 0; n < D / rows; ++n) {
+      float4& v = values[n];
+      asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                   : "l"(from + (threadIdx.x + n * threads) * 4));
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void round_to(uint4* to) const {
+    const int row = threadIdx.x / per_row, u = threadIdx.x % per_row;
+    Vec<T, 4>* at = reinterpret_cast<Vec<T, 4>*>(to + piece<D>(row, u / 2)) + u % 2;
+#pragma unroll
+    for (int n = 0; n < D / rows; ++n) {
+      const float four[4] = {values[n].x, values[n].y, values[n].z, values[n].w};
+      at[n * rows * 16] = narrow<T, 4>(four);
+    }
+  }
+};
 
 // Hides where a value comes from, so that what follows from it is computed for each item, not kept in registers.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
@@ -155,11 +188,12 @@ template <int D>
 using Sums = float[D / 64][32];
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// A warpgroup's 64 rows of a tile times the basis.
+// A warpgroup's 64 rows of a tile times the basis, whose rows, as they lie, are of the inner index for the adjoint.
 template <int D, bool Adjoint, typename T>
 __device__ __forceinline__ void multiply_rows(Sums<D>& sums, const uint4* tile, const uint4* basis) {
   // An operand counts in 16 bytes, too.
   const uint64_t left = operand(tile + threadIdx.x / 128 * 64 * 8), right = operand(basis);
+  products_begin();
 #pragma unroll
   for (int n = 0; n < D / 64; ++n) {
 #pragma unroll
@@ -168,6 +202,10 @@ __device__ __forceinline__ void multiply_rows(Sums<D>& sums, const uint4* tile, 
       multiply<T, Adjoint ? Inner::b : Inner::none>(sums[n], left + step / 4 * 128 * 8 + column,
                                                     right + rows + (Adjoint ? 0 : column), step > 0);
     }
+  }
+  products_end();
+  for (auto& part : sums) {
+    products_wait(part);
   }
 }
 
@@ -269,7 +307,9 @@ __global__ void __launch_bounds__(Pair<D, Coords>::threads, Pair<D, Coords>::blo
     fetch_rows<D, Of::tokens>(item.x, item.stride, until, tiles + i * Of::tile);
   };
   fetch_item(0);
-  fetch_rows<D, D>(args.basis + set * args.basis_set, D, D, basis);
+  if (!args.wide) {
+    fetch_rows<D, D>(static_cast<const T*>(args.basis) + set * args.basis_set, D, D, basis);
+  }
   copies_end();
   if (items > 1) {
     fetch_item(1);
@@ -279,7 +319,14 @@ __global__ void __launch_bounds__(Pair<D, Coords>::threads, Pair<D, Coords>::blo
   float position[phases.rows][Coords];
   const int64_t token = (shape.batch_positions ? b : 0) * shape.tokens() + first - shape.prefix;
   phases.load(position, args.positions + token * shape.C, shape.C, from, until);
+  Share<D> share;
+  if (args.wide) {
+    share.load(static_cast<const float*>(args.basis) + set * args.basis_set);
+  }
   fill_frequencies<D>(args, set, frequencies);
+  if (args.wide) {
+    share.template round_to<T>(basis);
+  }
   __syncthreads();
   phases.compute(args, frequencies, position);
 
@@ -304,11 +351,10 @@ __global__ void __launch_bounds__(Pair<D, Coords>::threads, Pair<D, Coords>::blo
       warpgroup_sync();
     }
     Sums<D> sums;
-    products_begin();
-    multiply_rows<D, Adjoint, T>(sums, tile, basis);
-    products_end();
-    for (auto& part : sums) {
-      products_wait(part);
+    if (args.columns) {
+      multiply_rows<D, !Adjoint, T>(sums, tile, basis);
+    } else {
+      multiply_rows<D, Adjoint, T>(sums, tile, basis);
     }
     warpgroup_sync();  // every warp has read this tile
     if constexpr (!Adjoint) {
@@ -340,20 +386,30 @@ std::tuple<Tensor, Tensor> rotate_basis_cuda(const Tensor& q, const Tensor& k, c
   if (problem.tiles() == 0) {
     return {yq, yk};
   }
+  // Every block can read the basis in float32 and round it, which saves a launch. With 128 coordinates, twice the bytes
+  // cost more than the launch where blocks are more than run at once.
+  const Shape& shape = problem.shape;
+  const int64_t count = int64_t{ceil_div(shape.L, 128)} * shape.B * shape.sets * ceil_div(shape.heads(), 2);
+  const bool rounds = shape.D == 64 || count <= Pair<128, 1>::blocks * attribute(q, cudaDevAttrMultiProcessorCount);
+  const Tensor xq = with_aligned_rows(q), xk = with_aligned_rows(k);
+  const Tensor P = operand_of(basis, q.scalar_type(), rounds, true);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    BasisArgs<T> args = problem.args<T>(op, q, k, positions, freqs, basis, factor, inverse, yq, yk);
+    BasisArgs<T> args = problem.args<T>(xq, xk, positions, freqs, P, factor, inverse, yq, yk);
     problem.dispatch(interleaved, [&](auto d, auto layout, auto coords) {
       constexpr int D = d, Coords = coords;
       constexpr bool Interleaved = layout;
-      using Of = Pair<D, Coords>;
-      const auto kernel = inverse ? rotate_basis_kernel<T, D, Interleaved, true, Coords>
-                                  : rotate_basis_kernel<T, D, Interleaved, false, Coords>;
-      args.row_tiles = ceil_div(args.shape.L, Of::tokens);
-      const dim3 blocks(args.row_tiles * args.shape.B, args.shape.sets, ceil_div(args.shape.heads(), 2));
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes));
-      kernel<<<blocks, Of::threads, Of::bytes, current_stream(q)>>>(args);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      const auto launch = [&](auto adjoint) {
+        constexpr bool Adjoint = adjoint;
+        using Of = Variant<D, Interleaved, Adjoint, Coords>;
+        const auto kernel = rotate_basis_kernel<T, D, Interleaved, Adjoint, Coords>;
+        args.row_tiles = ceil_div(args.shape.L, Of::tokens);
+        const dim3 blocks(args.row_tiles * args.shape.B, args.shape.sets, ceil_div(args.shape.heads(), 2));
+        allow_memory<Of>(kernel, q.get_device_index());
+        kernel<<<blocks, Of::threads, Of::bytes, current_stream(q)>>>(args);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      };
+      inverse ? launch(std::true_type{}) : launch(std::false_type{});
     });
   };
   q.scalar_type() == ScalarType::BFloat16 ? run(BFloat16{}) : run(Half{});

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> rotate_cos_sin_cuda(const Tensor& q,    // (B, H, L, 
                                                const Tensor& sin,  // as cos
                                                bool interleaved, bool inverse, int64_t prefix);
 
-// The same with a basis, for 16-bit values, heads of 64 or 128, a contiguous basis and rows aligned to 16 bytes.
+// The same with a basis, for 16-bit values and heads of 64 or 128.
 std::tuple<Tensor, Tensor> rotate_basis_cuda(const Tensor& q,          // (B, H, L, D)
                                              const Tensor& k,          // (B, Hk, L, D)
                                              const Tensor& positions,  // (L - prefix, C) or (B, L - prefix, C)

@@ -432,7 +432,7 @@ def arguments_of(one: dict[str, Any], backend: str, causal: bool, state: State |
     parts: tuple[Any, ...] = state or (None, None, None)
     mask = torch.ones(one["k"].shape[0], one["k"].shape[2], dtype=torch.bool, device=one["k"].device)
     head = (one["q"], one["k"], one["v"], one.get("omega"), one["kind"], causal, 0.7, one.get("a"), 0.0, True)
-    return (*head, mask, None, *parts, backend)
+    return (*head, mask, None, *parts, True, backend)
 
 
 def test_triton_kernels_fit_a_gpu() -> None:
@@ -514,7 +514,23 @@ def test_opcheck(device: torch.device, backend: str, causal: bool, kind: str) ->
     dy = [torch.randn_like(x) for x in (y, *last[:2])]
     plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
     bwd = torch.ops.fastrpe.linear_attention_bwd.default
-    torch.library.opcheck(bwd, (*dy, *plain[:-1], *last, True, backend))
+    torch.library.opcheck(bwd, (*dy, *plain[:-2], *last, True, backend))
+
+
+@CAUSAL
+def test_state_that_nobody_needs(device: torch.device, backend: str, causal: bool) -> None:
+    """It is not made, and changes nothing."""
+    on_hopper = backend == "native" and device.type == "cuda"
+    sizes, dtype = ((64, 64, 64), torch.bfloat16) if on_hopper else ((3, 2, 4), torch.float32)
+    args = arguments_of(inputs(2, 2, 1, 70, *sizes, device=device, dtype=dtype), backend, causal, None)
+    args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+    op, without = torch.ops.fastrpe.linear_attention.default, (*args[:-2], False, backend)
+    y, *state = op(*without)
+    assert [x.numel() for x in state] == [0, 0, 0]
+    assert_bitwise(y, op(*args)[0])
+    torch.library.opcheck(op, without)
+    with pytest.raises(RuntimeError, match="need_state must be True where an input requires grad, got False"):
+        op(args[0].requires_grad_(), *without[1:])
 
 
 def test_compile(device: torch.device) -> None:

@@ -310,6 +310,56 @@ def test_far_positions(device: torch.device, backend: str, coords: int, dtype: t
         assert_far(tuple(actual.chunk(2, -1)), tuple(expected.chunk(2, -1)), name=name)
 
 
+# A basis in any dtype and layout -------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": Tensor.contiguous,
+    "columns": lambda P: P.mT.contiguous().mT,
+    "strided": lambda P: torch.stack((P, P), -1)[..., 0],
+    "shifted": lambda P: torch.cat((P.new_zeros(1), P.flatten()))[1:].view_as(P),
+    "expanded": lambda P: P[:1].expand_as(P),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="only Hopper's kernels round it",
+)
+@pytest.mark.parametrize("inverse", (False, True), ids=("forward", "inverse"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", ("64", "64-interleaved", "128", "128-many"))
+def test_fused_basis(size: str, layout: str, dtype: torch.dtype, inverse: bool) -> None:
+    """A basis in float32, or of another layout, gives the bits of one rounded to q's dtype with contiguous rows."""
+    heads, tokens, D = (16, 2100, 128) if size == "128-many" else (3, 197, int(size.partition("-")[0]))
+    draw = torch.Generator("cuda").manual_seed(D)
+    normal = lambda *shape: torch.randn(*shape, device="cuda", generator=draw)
+    q, k, dq, dk = (normal(1, heads, tokens, D).to(dtype) for _ in range(4))
+    positions, freqs = normal(tokens - 1, 2), normal(2, D // 2)
+    P = LAYOUTS[layout](torch.linalg.qr(normal(heads, D, D))[0].contiguous())
+    options: Arguments = dict(prefix=1, inverse=inverse, interleaved=size.endswith("interleaved"), backend="native")
+
+    def run(basis: Tensor, *learned: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k)]
+        y = rotate(*leaves, positions, freqs, basis, **options)
+        return [*y, *torch.autograd.grad(y, [*leaves, *learned], (dq, dk))]
+
+    expected = run(P.to(dtype).contiguous())
+    for basis in (P, P.to(dtype)):
+        for actual, wanted in zip(run(basis), expected):
+            assert_bitwise(actual, wanted)
+    if inverse or size == "128-many":
+        return  # unfused, whose products keep the basis in float32; or as above
+    rounded, learned = (x.detach().requires_grad_() for x in (P.to(dtype).contiguous(), P))
+    *expected, dP = run(rounded, rounded)
+    *results, dbasis = run(learned, learned)
+    for actual, wanted in zip(results, expected):
+        assert_bitwise(actual, wanted)
+    assert dbasis.dtype == torch.float32
+    assert_bitwise(dbasis.to(dtype), dP)
+
+
 # Prefix --------------------------------------------------------------------------------------------------------------
 
 PREFIXED = ("tiny-image-gqa-prefix", "tiny-basis-16", "basis-prefix-gqa-inverse", "prefix-all-basis")

@@ -181,7 +181,10 @@ def linear_attention(
     autocast = weighted and torch.is_autocast_enabled(device.type)
     if weighted and not autocast:  # by the features' constant, before the one rounding
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    out, *sums = call(q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, name)
+    need_state = return_state or torch.is_grad_enabled()
+    out, *sums = call(
+        q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, need_state, name
+    )
     if weighted:
         out = (out * constant(kind, D if omega is None else omega.shape[-2], D, a) ** 2).to(
             out.dtype if autocast else dtype

@@ -18,8 +18,8 @@ INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? omega, str kind, bool causal, float scale, Tensor? a, float eps, "
     "bool normalize, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? z, Tensor? log_scale"
 )
-# The last three results are the state behind the last key.
-LIB.define(f"linear_attention({INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
+# The last three results are the state behind the last key; empty where neither the caller nor gradients need it.
+LIB.define(f"linear_attention({INPUTS}, bool need_state, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
 # Takes the forward's state too, under names that begin with "last_"; gives the gradients of q, k, v, omega, a, kv, z.
 LIB.define(
     f"linear_attention_bwd(Tensor dout, Tensor? dkv, Tensor? dz, {INPUTS}, Tensor last_kv, Tensor last_z, "
@@ -99,20 +99,30 @@ def _linear_attention(
     kv: Tensor | None,  # (N, Hk, F, V)
     z: Tensor | None,  # (N, Hk, F)
     log_scale: Tensor | None,  # (N, Hk, F)
+    need_state: bool,
     backend: str,
 ) -> Results:
+    results: Results
     if backend == "reference":
-        return reference.linear_attention(
+        results = reference.linear_attention(
             q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
         )
+        return results if need_state else _without_state(results)
     omega, bias, kind = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         q, k, v = aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
-    results: Results = _kernel("linear_attention", backend)(
-        q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest
-    )
-    return results
+    args = (q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest)
+    if backend == "native":
+        results = _kernel("linear_attention", backend)(*args, need_state)
+        return results
+    results = _kernel("linear_attention", backend)(*args)
+    return results if need_state else _without_state(results)
+
+
+def _without_state(results: Results) -> Results:
+    out, kv, z, log_scale = results
+    return out, kv.new_empty(0), z.new_empty(0), log_scale.new_empty(0)
 
 
 def _gradients(
@@ -217,11 +227,13 @@ LIB.impl("linear_attention_bwd", _linear_attention_bwd, "CompositeExplicitAutogr
 
 @torch.library.register_fake("fastrpe::linear_attention", lib=LIB)
 def _(q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, kind: str, *rest: Any) -> Results:
-    cu_seqlens, F = rest[-5], size_of(q, omega, kind)
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    cu_seqlens, need_state = rest[-6], rest[-2]
     wide = v.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
-    heads = N, k.shape[1], F
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    if not need_state:
+        return out, wide, wide.new_empty(0), wide.new_empty(0)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads = N, k.shape[1], size_of(q, omega, kind)
     return out, wide.new_empty(*heads, v.shape[-1]), wide.new_empty(heads), wide.new_empty(heads)
 
 
@@ -240,7 +252,10 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, ctx.backend = inputs
+    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale = inputs[:15]
+    need_state, ctx.backend = inputs[15:]
+    if not need_state:
+        raise RuntimeError("linear_attention: need_state must be True where an input requires grad, got False")
     ctx.options = kind, causal, scale, eps, normalize
     ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:])
     ctx.mark_non_differentiable(output[3])
@@ -252,7 +267,7 @@ def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | No
     kind, causal, scale, eps, normalize = ctx.options
     needs = ctx.needs_input_grad
     if dout is None and dkv is None and dz is None:
-        return (None,) * 16
+        return (None,) * 17
     if dout is None:
         dout = q.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
     args = (
@@ -267,7 +282,7 @@ def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | No
     return (
         dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, domega if needs[3] else None,
         None, None, None, da if needs[7] else None, None, None, None, None, dkv0 if needs[12] else None,
-        dz0 if needs[13] else None, dlog_scale, None,
+        dz0 if needs[13] else None, dlog_scale, None, None,
     )  # fmt: skip
 
 

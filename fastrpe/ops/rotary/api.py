@@ -83,7 +83,9 @@ def rotate(
     _check_table(op, "positions", positions, device)
     _check_table(op, "freqs", freqs, device)
     if basis is not None:
-        check_shape(op, "basis", basis, ("D", "D"), ("H", "D", "D"), H=Hk or _heads_of(basis, H), D=D)
+        heads = Hk or _heads_of(basis, H)
+        if not isinstance(basis, Tensor) or basis.shape != ((D, D) if basis.dim() == 2 else (heads, D, D)):
+            raise wrong_shape(op, "basis", basis, ("D", "D"), ("H", "D", "D"), H=heads, D=D)
         _check_table(op, "basis", basis, device)
     if not isinstance(factor, (float, int)):
         raise wrong_type(op, "factor", factor, float, int)

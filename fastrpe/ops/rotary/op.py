@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import register_autograd
-from ..hopper import aligned, is_hopper
+from ..hopper import is_hopper
 from . import reference
 
 LIB = torch.library.Library("fastrpe", "FRAGMENT")
@@ -57,9 +57,8 @@ def _rotate(
         return rotate(q, k, positions, freqs, interleaved, inverse, factor, prefix)
     if backend == "native" and _fuses(q, freqs):
         fused: Pair = torch.ops.fastrpe_native.rotate_basis.default(
-            aligned(q), aligned(k), positions, freqs, aligned(basis.to(q.dtype).contiguous()),
-            interleaved, inverse, factor, prefix,
-        )  # fmt: skip
+            q, k, positions, freqs, basis, interleaved, inverse, factor, prefix
+        )
         return fused
     # Unfused: the product with the basis is kept in float32, so that the result is rounded once.
     wide = (_wide(q), _wide(k))
@@ -145,9 +144,8 @@ def _fused_bwd(
     """Gradients through a basis in one pass over memory; those of freqs and basis are empty where not needed."""
     angles = _angles(q, positions, freqs)
     dq, dk, db, df = torch.ops.fastrpe_native.rotate_basis_bwd.default(
-        aligned(dyq), aligned(dyk), aligned(q), aligned(k), *angles, aligned(basis.to(q.dtype).contiguous()),
-        interleaved, factor, prefix, need_freqs, need_basis,
-    )  # fmt: skip
+        dyq, dyk, q, k, *angles, basis, interleaved, factor, prefix, need_freqs, need_basis
+    )
     empty = q.new_empty(0)
     df = df.to(freqs.dtype) if need_freqs else empty
     return dq, dk, empty, df, db.to(basis.dtype) if need_basis else empty
