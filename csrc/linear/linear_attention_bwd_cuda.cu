@@ -14,11 +14,16 @@
 // of U over features, with weights w_if. Backwards as forwards, both have weights of at most 1, whatever the exponents:
 //
 //   queries   dS = dout U^T,  delta = sum_f w dS,  ds = w (dS - delta),  dq = scale ds W
-//   features  dU_f = sum_i w_if dout_i,  y_f = sum_i w_if delta_i
+//   features  dU_f = sum_i w_if dout_i,  r_f = sum_i ds_if,  y_f = U_f dU_f - r_f
 //   keys      dv = a dU,  ds = a (v dU^T - y),  dk = scale ds W - scale^2 k sum_f ds
 //
+// U and dU are rounded to 16 bits, which must not show where differences are small. Queries do not see a vector common
+// to all U_f: it is taken off before. A key with nearly all of a feature's weight has v = U_f, and its v dU_f - U_f
+// dU_f is to cancel: y_f takes the rounded dU_f, and r_f the rounded U_f. Other roundings are relative to differences;
+// where shared memory has room, queries take U as the sum of two numbers all the same.
+//
 // One kernel takes queries, another keys, each in one pass over memory. Tiles of a head side by side are a unit, which
-// leaves its part of dU and y in a slot of its own. Where dW = scale (ds^T q + ds^T k) is wanted too, a block takes
+// leaves its part of dU and r in a slot of its own. Where dW = scale (ds^T q + ds^T k) is wanted too, a block takes
 // several units whose heads have the same projection, and leaves the sum over them in a slot. Slots are added in order,
 // so the result is deterministic. With 256 features the registers do not hold all of that, and dW takes another pass.
 namespace fastrpe {
@@ -36,7 +41,7 @@ struct Args {
   int64_t bias_h;
   const float *kv, *z, *log_scale;  // (B, Hk, M, V) and (B, Hk, M)
   const bool* mask;                 // of keys, (B, S), or null
-  float* parts;                     // slots of dU and y, (B, H, blocks, M (V + 1)), or (B, Hk, count, M (V + 1))
+  float* parts;                     // slots of dU and r, (B, H, blocks, M (V + 1)), or (B, Hk, count, M (V + 1))
   float* omega_parts;               // slots of dW, (sets, walkers, M, D)
   T *dx, *dy;                       // dq, or dk and dv; contiguous
   int64_t length;
@@ -55,9 +60,11 @@ struct Layout {
   static constexpr int query_threads = 128 * groups, key_threads = 128;
   static constexpr int matrix = M * width / 8;  // pieces of (M, 64) 16-bit values
   static constexpr int query_stages = 3, key_stages = 2;
+  static constexpr int mean_parts = M > 64 ? 2 : 1;  // numbers of 16 bits that U is the sum of
   static constexpr int query_blocks = M > 64 ? 256 / M : 3, key_blocks = M > 128 ? 2 : 3;  // of a multiprocessor
   static constexpr int exchange = groups > 1 ? groups * tile * (2 + width / 2) : 0;        // numbers between warpgroups
-  static constexpr size_t query_bytes = 16 * (3 * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
+  static constexpr size_t query_bytes =
+      16 * ((2 + mean_parts) * matrix + query_stages * 2 * slab) + 4 * (M + tile) + 4 * exchange;
   static constexpr int omega_blocks = M > 64 ? M > 128 ? 1 : 2 : 3;  // of keys with dW
   static constexpr size_t key_bytes = 16 * (2 * matrix + key_stages * 2 * slab) + 4 * (2 * M + 4);
   static constexpr size_t omega_bytes =
@@ -73,7 +80,7 @@ struct OmegaLayout {
   static constexpr int matrix = M * width / 8;
   static constexpr int halves = all && groups > 1 ? 2 * 16 * 128 : 0;  // numbers between warpgroups
   static constexpr size_t bytes = 16 * ((all ? 4 : 3) * matrix + stages * 2 * slab + (all ? slab : 0)) +
-                                  4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + tile);
+                                  4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + (all ? 4 * M : 0));
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -215,6 +222,100 @@ __device__ __forceinline__ void store_features(float* part, int base, const floa
   }
 }
 
+// Makes U, less the mean of the first 16 features, as the sum of Parts matrices.
+template <typename T, int M, int Threads, int Parts>
+__device__ __forceinline__ void fill_means(const float* kv, const float* z, uint4* means) {
+  const int u = threadIdx.x % 8;
+  const auto mean = [&](float (&x)[8], int f) {
+    const float sum = z[f], factor = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const auto* from = reinterpret_cast<const float4*>(kv + f * width + u * 8);
+    const float4 a = from[0], b = from[1];
+    const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      x[e] = y[e] * factor;
+    }
+  };
+  float common[8] = {};
+#pragma unroll
+  for (int f = 0; f < 16; f += 4) {
+    float x[8];
+    mean(x, f + threadIdx.x % 32 / 8);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      common[e] += x[e] / 16;
+    }
+  }
+#pragma unroll
+  for (float& x : common) {
+    x += __shfl_xor_sync(~0u, x, 8);
+    x += __shfl_xor_sync(~0u, x, 16);
+  }
+#pragma unroll
+  for (int n = 0; n < M * pieces; n += Threads) {
+    const int f = (n + threadIdx.x) / 8;
+    float x[8];
+    mean(x, f);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      x[e] -= common[e];
+    }
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+      uint32_t y[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        y[e] = pack<T>(x[2 * e], x[2 * e + 1]);
+        const float2 z = unpack<T>(y[e]);
+        x[2 * e] -= z.x;
+        x[2 * e + 1] -= z.y;
+      }
+      means[part * M * pieces + piece(f, u)] = {y[0], y[1], y[2], y[3]};
+    }
+  }
+}
+
+// Sums of columns over a warp's rows, of which a thread's x have columns i / 2 * 8 + 2 t + i % 2 of its own. Half of
+// them goes to the thread that is Lanes apart, until the first N / 8 are left, those of i from N / 8 g on.
+template <int Lanes, int Half, int N>
+__device__ __forceinline__ void halve_columns(float (&x)[N]) {
+  const bool upper = threadIdx.x & Lanes;
+#pragma unroll
+  for (int i = 0; i < Half; ++i) {
+    const float given = upper ? x[i] : x[i + Half], kept = upper ? x[i + Half] : x[i];
+    x[i] = kept + __shfl_xor_sync(~0u, given, Lanes);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_column_sums(float (&x)[N], float* to) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  halve_columns<16, N / 2>(x);
+  halve_columns<8, N / 4>(x);
+  halve_columns<4, N / 8>(x);
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    const int n = N / 8 * g + i;
+    to[n / 2 * 8 + 2 * t + n % 2] = x[i];
+  }
+}
+
+// A piece of dU in 16 bits, and the product of its row with U's z.
+template <typename T>
+__device__ __forceinline__ float fill_dmeans(uint4* to, const float (&x)[8], float factor, const float4& a,
+                                             const float4& b) {
+  uint32_t y[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    y[e] = pack<T>(x[2 * e] * factor, x[2 * e + 1] * factor);
+  }
+  *to = {y[0], y[1], y[2], y[3]};
+  const float2 c = unpack<T>(y[0]), d = unpack<T>(y[1]), e = unpack<T>(y[2]), f = unpack<T>(y[3]);
+  const float sum =
+      sum_of_four((a.x * c.x + a.y * c.y + a.z * d.x + a.w * d.y) + (b.x * e.x + b.y * e.y + b.z * f.x + b.w * f.y));
+  return sum + __shfl_xor_sync(~0u, sum, 4);
+}
+
 // A thread's weights of two keys, as a left operand.
 template <typename T, int Steps>
 __device__ __forceinline__ void key_weights(uint32_t (&a)[Steps][4], const float (&p)[8 * Steps], float exponent,
@@ -254,8 +355,9 @@ __device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k
   }
 }
 
-// Starts p = x W^T and ds = y U^T of a tile's rows and F features, each a group of products.
-template <typename T, int R>
+// Starts p = x W^T and ds = y U^T of a tile's rows and F features, each a group of products. U is the sum of Parts
+// matrices of M rows.
+template <typename T, int Parts = 1, int M = 0, int R>
 __device__ __forceinline__ void start_products(float (&p)[R], float (&ds)[R], const uint4* x, const uint4* omega,
                                                const uint4* y, const uint4* means) {
   products_begin();
@@ -265,8 +367,9 @@ __device__ __forceinline__ void start_products(float (&p)[R], float (&ds)[R], co
   }
   products_end();
 #pragma unroll
-  for (int s = 0; s < width / 16; ++s) {
-    multiply<T>(ds, operand(y + s * 2), operand(means + s * 2), s > 0);
+  for (int s = 0; s < Parts * width / 16; ++s) {
+    const int part = s / (width / 16), step = s % (width / 16);
+    multiply<T>(ds, operand(y + step * 2), operand(means + part * M * pieces + step * 2), s > 0);
   }
   products_end();
 }
@@ -283,9 +386,9 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr int F = Of::features;
   extern __shared__ __align__(1024) uint4 memory[];
-  uint4* omega = memory;                // rows of features
-  uint4* means = omega + Of::matrix;    // U, rows of features
-  uint4* weights = means + Of::matrix;  // w, rows of queries, a slab for 64 features
+  uint4* omega = memory;                                 // rows of features
+  uint4* means = omega + Of::matrix;                     // U, rows of features
+  uint4* weights = means + Of::mean_parts * Of::matrix;  // w, rows of queries, a slab for 64 features
   uint4* stages = weights + Of::matrix;
   float* exponents = reinterpret_cast<float*>(stages + Of::query_stages * 2 * slab);
   T* deltas = reinterpret_cast<T*>(exponents + M);  // delta as the sum of two numbers of 16 bits, (2, tile)
@@ -317,15 +420,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     start_next();
   }
   const int64_t state = (at.i_b * (args.heads / args.groups) + i_k) * M;
-#pragma unroll
-  for (int n = 0; n < Of::matrix; n += Of::query_threads) {
-    const int f = (n + threadIdx.x) / 8, u = threadIdx.x % 8;
-    const float z = args.z[state + f], factor = z > 0.0f ? 1.0f / z : 0.0f;
-    const float4* kv = reinterpret_cast<const float4*>(args.kv + (state + f) * width + u * 8);
-    const float4 a = kv[0], b = kv[1];
-    means[piece(f, u)] = {pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
-                          pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor)};
-  }
+  fill_means<T, M, Of::query_threads, Of::mean_parts>(args.kv + state * width, args.z + state, means);
   if (threadIdx.x < M) {
     const float z = args.z[state + threadIdx.x];
     const float bias = args.bias == nullptr ? 0.0f : args.bias[i_k * args.bias_h + threadIdx.x];
@@ -345,7 +440,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
     float w[F / 2], ds[F / 2];
-    start_products<T>(w, ds, tile_q, omega + base * 8, tile_dout, means + base * 8);
+    start_products<T, Of::mean_parts, M>(w, ds, tile_q, omega + base * 8, tile_dout, means + base * 8);
     start_next();
     products_wait<1>(w);
 
@@ -517,13 +612,36 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
 
   float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
   store_features(part, base, dmeans, [](float x) { return x; });
+  // r_f = U_f dU_f - y_f, of U in 16 bits.
+  float products[F / 4];
+#pragma unroll
+  for (int i = 0; i < F / 4; ++i) {
+    const int f = base + i / 2 * 8 + 2 * t + i % 2;
+    const auto of = [&](int r) {
+      float u = 0.0f;
+#pragma unroll
+      for (int n = 0; n < Of::mean_parts; ++n) {
+        u += static_cast<float>(reinterpret_cast<const T*>(means + n * Of::matrix + piece(f, warp * 2 + r))[g]);
+      }
+      return dmeans[i / 2 * 4 + 2 * r + i % 2] * u;
+    };
+    products[i] = of(0) + of(1);
+  }
+  float* sums = reinterpret_cast<float*>(stages);  // of each of four warps, and y
+  __syncthreads();                                 // everyone has left the stages
+  store_column_sums(products, sums + warp * M + base);
   if (t == 0) {
 #pragma unroll
     for (int n = 0; n < F / 64; ++n) {
       const int f = base + warp * (F / 4) + n * 16 + g;
-      part[M * width + f] = dy[n][0] + dy[n][1];
-      part[M * width + f + 8] = dy[n][2] + dy[n][3];
+      sums[4 * M + f] = dy[n][0] + dy[n][1];
+      sums[4 * M + f + 8] = dy[n][2] + dy[n][3];
     }
+  }
+  __syncthreads();
+  if (threadIdx.x < M) {
+    const float* sum = sums + threadIdx.x;
+    part[M * width + threadIdx.x] = (sum[0] + sum[M]) + (sum[2 * M] + sum[3 * M]) - sum[4 * M];
   }
 #endif
 }
@@ -551,7 +669,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
   float4* rows = reinterpret_cast<float4*>(exponents + M);                    // (groups, tile)
   float* half_products = reinterpret_cast<float*>(rows + Of::groups * tile);  // (groups, 16, 128)
   float* sizes = half_products + Of::halves;                                  // of each warp
-  T* deltas = reinterpret_cast<T*>(sizes + 8);  // delta as the sum of two numbers of 16 bits, (2, tile)
+  float* sums = sizes + 8;                                                    // of ds over a warp's rows, (4, M)
 
   // A warpgroup has all rows of a tile, and of the features those from `base` on.
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
@@ -593,15 +711,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
   };
   // Makes U and the exponents of unit n of that.
   const auto take_state = [&](uint32_t n) {
-#pragma unroll
-    for (int i = 0; i < Of::matrix; i += Of::threads) {
-      const int f = (i + threadIdx.x) / 8, u = threadIdx.x % 8;
-      const float z = next_z[f], factor = z > 0.0f ? 1.0f / z : 0.0f;
-      const float4* kv = reinterpret_cast<const float4*>(next_kv + f * width + u * 8);
-      const float4 a = kv[0], b = kv[1];
-      means[piece(f, u)] = {pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
-                            pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor)};
-    }
+    fill_means<T, M, Of::threads, 1>(next_kv, next_z, means);
     if (threadIdx.x < M) {
       const float z = next_z[threadIdx.x];
       const float bias =
@@ -639,8 +749,8 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
   }
   for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
     const Place at = units.place(args, n_unit);
-    float dmeans[F / 2] = {};  // dU^T, 64 x F
-    float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
+    float dmeans[F / 2] = {};   // dU^T, 64 x F
+    float of_rows[F / 4] = {};  // r, as far as it comes from this thread's rows
     for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
       const uint4 *tile_q = stages + stage * 2 * slab, *tile_dout = tile_q + slab;
       stage = stage + 1 == Of::stages ? 0 : stage + 1;
@@ -724,14 +834,6 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
         }
         common = largest;
       }
-      if (Of::all && group == 0 && t == 0) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const T high = static_cast<T>(delta[r]);
-          deltas[warp * 16 + g + 8 * r] = high;
-          deltas[tile + warp * 16 + g + 8 * r] = static_cast<T>(delta[r] - static_cast<float>(high));
-        }
-      }
       const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]}, common_scale = 1.0f / common;
       uint32_t fragments[F / 16][4];
 #pragma unroll
@@ -742,6 +844,10 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
           const float w0 = w[8 * s + 2 * i] * inverse[i % 2], w1 = w[8 * s + 2 * i + 1] * inverse[i % 2];
           const float x0 = w0 * (ds[8 * s + 2 * i] - delta[i % 2]), x1 = w1 * (ds[8 * s + 2 * i + 1] - delta[i % 2]);
           x[i] = pack<T>(w0, w1);
+          if constexpr (Of::all) {
+            of_rows[4 * s + i / 2 * 2] += x0;
+            of_rows[4 * s + i / 2 * 2 + 1] += x1;
+          }
           if constexpr (is_half) {
             fragments[s][i] = pack<T>(x0 * row_scale[i % 2], x1 * row_scale[i % 2]);
             y[i] = pack<T>(x0 * common_scale, x1 * common_scale);
@@ -790,20 +896,6 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       }
       // Of two warpgroups with half a sum each, either finishes 32 columns.
       constexpr int columns = width / Of::groups;
-#pragma unroll
-      for (int s = 0; s < tile / 16; ++s) {
-        // Columns of b other than 0 and 1 are zero.
-        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
-        const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
-#pragma unroll
-        for (int n = 0; n < F / 64; ++n) {
-          const int f = base + warp * (F / 4) + n * 16;
-          uint32_t a[4];
-          load_matrices<true>(a,
-                              weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
-          multiply_warp<T>(dy[n], a, b0, b1);
-        }
-      }
       products_wait<1>(dq);
       // After the last tile in vain: a branch would keep the products from running in the background.
       project(stages + stage * 2 * slab);
@@ -845,13 +937,11 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
     if constexpr (Of::all) {
       float* part = args.parts + static_cast<int64_t>(units[n_unit]) * (M * (width + 1));
       store_features(part, base, dmeans, [](float x) { return x; });
-      if (t == 0) {
-#pragma unroll
-        for (int n = 0; n < F / 64; ++n) {
-          const int f = base + warp * (F / 4) + n * 16 + g;
-          part[M * width + f] = dy[n][0] + dy[n][1];
-          part[M * width + f + 8] = dy[n][2] + dy[n][3];
-        }
+      store_column_sums(of_rows, sums + warp * M + base);
+      __syncthreads();
+      if (threadIdx.x < M) {
+        const float* sum = sums + threadIdx.x;
+        part[M * width + threadIdx.x] = (sum[0] + sum[M]) + (sum[2 * M] + sum[3 * M]);
       }
     }
   }
@@ -921,12 +1011,32 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
   for (int i = 1; i < Of::key_stages; ++i) {
     start_next();
   }
-  wait_for_previous();  // which sums dU and y; k, v and omega are older
-  float back = 1.0f;    // what undoes the scaling of float16
+  float back = 1.0f;  // what undoes the scaling of float16
   {
+    // Row i of this thread's pieces is feature 16 i + threadIdx.x / 8; it finishes rows 8 n + threadIdx.x % 8.
+    constexpr int own = (M + threads - 1) / threads, held = M > 128 ? 4 : M / 16;
+    const auto feature = [](int n) { return (8 * n + threadIdx.x % 8) * 16 + threadIdx.x / 8; };
+    const auto* kv = reinterpret_cast<const float4*>(args.kv + at.head * (M * width)) + 2 * threadIdx.x;
+    float4 state[held][2];
+#pragma unroll
+    for (int i = 0; i < held; ++i) {
+      state[i][0] = kv[i * threads * 2];
+      state[i][1] = kv[i * threads * 2 + 1];
+    }
+    float inverse[own];  // of z
+#pragma unroll
+    for (int i = 0; i < own; ++i) {
+      const int f = feature(i);
+      if (f < M) {
+        const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
+        const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
+        inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
+        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+      }
+    }
+    wait_for_previous();  // which sums dU and r; the state, k, v and omega are older
     const float* part = args.parts + at.head * args.count * (M * (width + 1));
-    constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
-    float sums[M / 16][8] = {}, y[own] = {};
+    float sums[M / 16][8] = {}, r[own] = {}, products[own];
     for (int n = 0; n < args.count; ++n, part += M * (width + 1)) {
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
@@ -939,7 +1049,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
       }
 #pragma unroll
       for (int i = 0; i < own; ++i) {
-        y[i] += threadIdx.x < M ? part[M * width + i * threads + threadIdx.x] : 0.0f;
+        r[i] += feature(i) < M ? part[M * width + feature(i)] : 0.0f;
       }
     }
     float factor = 1.0f;
@@ -947,7 +1057,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
       float top = 1e-30f;
 #pragma unroll
       for (int i = 0; i < own; ++i) {
-        top = fmaxf(top, fabsf(y[i]) / 16);
+        top = fmaxf(top, fabsf(r[i]) / 16);
       }
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
@@ -970,21 +1080,18 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     }
 #pragma unroll
     for (int i = 0; i < M / 16; ++i) {
-      uint32_t x[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        x[e] = pack<T>(sums[i][2 * e] * factor, sums[i][2 * e + 1] * factor);
+      const float4 first = i < held ? state[i % held][0] : kv[i * threads * 2];
+      const float4 second = i < held ? state[i % held][1] : kv[i * threads * 2 + 1];
+      uint4* to = dmeans + piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8);
+      const float product = fill_dmeans<T>(to, sums[i], factor, first, second);
+      if (i % 8 == threadIdx.x % 8) {
+        products[i / 8] = product;
       }
-      dmeans[piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8)] = {x[0], x[1], x[2], x[3]};
     }
 #pragma unroll
     for (int i = 0; i < own; ++i) {
-      const int f = i * threads + threadIdx.x;
-      if (f < M) {
-        dy[f] = y[i] * factor;
-        const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
-        const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
-        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+      if (feature(i) < M) {
+        dy[feature(i)] = products[i] * inverse[i] - r[i] * factor;
       }
     }
   }
@@ -1081,7 +1188,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
 }
 
 // The same with dW, or for more features than a warpgroup takes dW alone, of F features that blockIdx.y counts. dU and
-// y have one slot.
+// r have one slot.
 template <typename T, int M>
 __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_blocks)
     key_omega_kernel(const Args<T> args) {
@@ -1138,7 +1245,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
     }
     copies_end();
   };
-  wait_for_previous();  // which sums dU and y; k, v and omega are older
+  wait_for_previous();  // which sums dU and r; k, v and omega are older
   start_part(units.begin);
 
   const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
@@ -1151,15 +1258,18 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
     const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
     float back = 1.0f, share = 1.0f;  // what undoes the scaling of float16
     {
-      constexpr int own = (M + threads - 1) / threads;  // features of this thread, threads apart
-      float y[own] = {}, c[own] = {};
+      constexpr int own = (M + threads - 1) / threads;  // features that this thread finishes, as above
+      const auto feature = [](int n) { return (8 * n + threadIdx.x % 8) * 16 + threadIdx.x / 8; };
+      const auto* kv = reinterpret_cast<const float4*>(args.kv + at.head * (M * width)) + 2 * threadIdx.x;
+      float r[own] = {}, c[own] = {}, inverse[own] = {}, products[own];
 #pragma unroll
       for (int i = 0; i < own; ++i) {
-        const int f = i * threads + threadIdx.x;
+        const int f = feature(i);
         if (f < M) {
-          y[i] = args.count > 0 ? args.parts[at.head * (M * (width + 1)) + M * width + f] : 0.0f;
+          r[i] = args.count > 0 ? args.parts[at.head * (M * (width + 1)) + M * width + f] : 0.0f;
           const float z = args.z[at.head * M + f], log_scale = args.log_scale[at.head * M + f];
           const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
+          inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
           c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + shift : none;
         }
       }
@@ -1170,7 +1280,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
         float top = 1e-30f;
 #pragma unroll
         for (int i = 0; i < own; ++i) {
-          top = fmaxf(top, fabsf(y[i]) / 16);
+          top = fmaxf(top, fabsf(r[i]) / 16);
         }
 #pragma unroll
         for (int i = 0; i < M / 16; ++i) {
@@ -1197,15 +1307,17 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
       for (int i = 0; i < M / 16; ++i) {
         float x[8];
         widen<float, 8>(x, pieces[i * threads + threadIdx.x]);
-        dmeans[piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8)] = {
-            pack<T>(x[0] * factor, x[1] * factor), pack<T>(x[2] * factor, x[3] * factor),
-            pack<T>(x[4] * factor, x[5] * factor), pack<T>(x[6] * factor, x[7] * factor)};
+        uint4* to = dmeans + piece(i * (threads / 8) + threadIdx.x / 8, threadIdx.x % 8);
+        const float product = fill_dmeans<T>(to, x, factor, kv[i * threads * 2], kv[i * threads * 2 + 1]);
+        if (i % 8 == threadIdx.x % 8) {
+          products[i / 8] = product;
+        }
       }
 #pragma unroll
       for (int i = 0; i < own; ++i) {
-        const int f = i * threads + threadIdx.x;
+        const int f = feature(i);
         if (f < M) {
-          dy[f] = y[i] * factor;
+          dy[f] = products[i] * inverse[i] - r[i] * factor;
           exponents[f] = c[i];
         }
       }
@@ -1324,7 +1436,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
 #endif
 }
 
-// Slots of dW, (outer, sets, inner, M, D), of dU and y for the bias, (outer, sets, inner, M (V + 1)).
+// Slots of dW, (outer, sets, inner, M, D), of dU and r for the bias, (outer, sets, inner, M (V + 1)).
 struct OmegaSlots {
   const float* data;
   int64_t outer, inner;
@@ -1342,13 +1454,12 @@ struct OmegaSlots {
 template <int M>
 struct OmegaArgs {
   OmegaSlots queries, keys, states;
-  int count;  // slots of a key head
-  const float *kv, *z;
+  int count;              // slots of a key head
   float *domega, *dbias;  // (sets, M, D), (sets, M) or null
 };
 
 // Adds the slots of a set of heads; a block for each feature. Exponents of queries and keys have the same bias, each
-// with the gradient of c_f + log z_f: dU_f . U_f - y_f.
+// with the gradient r_f.
 template <int M>
 __global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args) {
   constexpr int columns = width / 4, lanes = 256 / columns;
@@ -1365,24 +1476,14 @@ __global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args)
     add(reinterpret_cast<const float4*>(args.keys.data)[(slot * M + f) * columns + x]);
   });
   sums[lane][x] = sum;
-  if (args.dbias != nullptr) {
+  if (args.dbias != nullptr && x == 0) {
     float bias = 0.0f;
     args.states.each(set, sets, lane, lanes, [&](int64_t head) {
-      const float z = args.z[head * M + f], inverse = z > 0.0f ? 1.0f / z : 0.0f;
-      const float4 kv = reinterpret_cast<const float4*>(args.kv)[(head * M + f) * columns + x];
       for (int n = 0; n < args.count; ++n) {
-        const float* part = args.states.data + (head * args.count + n) * (M * (width + 1));
-        const float4 y = reinterpret_cast<const float4*>(part)[f * columns + x];
-        bias += inverse * (y.x * kv.x + y.y * kv.y + y.z * kv.z + y.w * kv.w) - (x == 0 ? part[M * width + f] : 0.0f);
+        bias += args.states.data[(head * args.count + n) * (M * (width + 1)) + M * width + f];
       }
     });
-#pragma unroll
-    for (int other = 1; other < columns; other *= 2) {
-      bias += __shfl_xor_sync(0xffffffff, bias, other);
-    }
-    if (x == 0) {
-      bias_sums[lane] = bias;
-    }
+    bias_sums[lane] = bias;
   }
   __syncthreads();
   if (lane == 0) {
@@ -1581,8 +1682,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
         sums.states = {args.parts, outer, B * Hk / (outer * sets)};
         sums.count = static_cast<int>(count);
       }
-      sums.kv = args.kv;
-      sums.z = args.z;
       sums.domega = static_cast<float*>(domega.mutable_data_ptr());
       sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
       overlaps = false;

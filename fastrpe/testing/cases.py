@@ -427,6 +427,8 @@ CASES: tuple[Case, ...] = (
         "causal-oprf", H=4, Hk=2, L=150, D=64, V=64, M=64, causal=True, masked=True, kind="oprf", a=-0.1, per_head=True
     ),
     linear_case("causal-700", B=1, H=1, Hk=1, L=700, D=64, V=64, M=64, causal=True),  # a head's tokens in parts
+    # Keys with nearly all of a feature's weight: their value and the feature's mean differ by little
+    linear_case("dominated", H=3, Hk=3, L=130, D=64, V=64, M=128, size=2.0),
     linear_case("cross", L=33, S=150),
     linear_case("cross-heads-masked", L=150, S=33, per_head=True, masked=True),
     linear_case("heads-causal-masked", per_head=True, masked=True, causal=True, L=150),

@@ -34,6 +34,8 @@ from .tiles import (
     nonlinear,
     on_device,
     operand,
+    operands,
+    operands_times,
     phase,
     plan,
     project,
@@ -47,6 +49,7 @@ from .tiles import (
     store_rows,
     store_state,
     times_columns,
+    times_operands,
 )
 
 SPREAD = tl.constexpr(80.0)  # bits between a feature's queries of one chunk, above which the smaller may have vanished
@@ -80,7 +83,7 @@ def _dq_kernel(
         b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
         b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
         b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-        b_u = operand(b_u, DTYPE, PRECISION)
+        b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
     for i in steps(i_block * span, end, BL):
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
@@ -98,7 +101,8 @@ def _dq_kernel(
                 b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
                 b_p = project(b_q, b_omega, PRECISION)
-                b_dw = tl.dot(b_dout, tl.trans(operand(b_u, DTYPE, PRECISION)), input_precision=PRECISION)
+                b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
+                b_dw = times_operands(b_dout, b_u, b_rest, KIND, DTYPE, PRECISION)
                 if KIND == EXP:
                     b_p = b_p * exponent + b_c[None, :]
                     b_n = tl.maximum(b_r, tl.max(b_p, 1))
@@ -120,9 +124,9 @@ def _dq_kernel(
                 b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_state, o_f, F, LOG2E, V, BV)
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
-                b_u = operand(b_u, DTYPE, PRECISION)
+                b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
             b_p = project(b_q, b_omega, PRECISION)
-            b_ds = tl.dot(b_dout, tl.trans(b_u), input_precision=PRECISION)
+            b_ds = times_operands(b_dout, b_u, b_rest, KIND, DTYPE, PRECISION)
             if KIND == EXP:
                 b_p = add_exponents(b_p, b_c, exponent, WIDE)
                 if ONE:
@@ -188,7 +192,7 @@ def _dk_kernel(
         o_f = tl.arange(0, BF)
         b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(k.dtype.element_ty)
         b_u, b_z, b_c = load_state(kv, z, c, i_bh, o_f, F, LOG2E, V, BV)
-        b_u = operand(b_u, DTYPE, PRECISION)
+        b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
         if BIASED:
             b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
     for i in steps(i_block * span, end, BL):
@@ -209,7 +213,7 @@ def _dk_kernel(
                 o_f = f + tl.arange(0, BF)
                 b_omega = load_omega(p_w, o_f, M, F, D, BD, SIGNED, IDENTITY).to(k.dtype.element_ty)
                 b_u, b_z, b_c = load_state(kv, z, c, i_bh, o_f, F, LOG2E, V, BV)
-                b_u = operand(b_u, DTYPE, PRECISION)
+                b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
                 if BIASED:
                     b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
             b_p = project(b_k, b_omega, PRECISION)
@@ -223,7 +227,7 @@ def _dk_kernel(
                 b_p = nonlinear(b_t, eps, KIND) * b_g
             b_p_t = operand(b_p, DTYPE, PRECISION)  # the one copy that stays in registers
             b_dv = tl.dot(b_p_t, b_u, b_dv, input_precision=PRECISION)
-            b_da = add_columns(tl.dot(b_v, tl.trans(b_u), input_precision=PRECISION), b_z, WIDE)
+            b_da = add_columns(times_operands(b_v, b_u, b_rest, KIND, DTYPE, PRECISION), b_z, WIDE)
             if KIND == EXP:
                 b_da *= b_p_t.to(tl.float32)
                 if NORM:
@@ -263,7 +267,7 @@ def _domega_kernel(
         b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
     elif BIASED:
         b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
-    b_u = operand(b_u, DTYPE, PRECISION)
+    b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
     p_x, p_y = x + i_b * x_b + i_h * x_h, y + i_b * y_b + i_h * y_h
     b_dw = tl.zeros((BF, BD), tl.float32)
     b_db = tl.zeros((BF,), tl.float32)
@@ -273,7 +277,7 @@ def _domega_kernel(
         b_y = load_rows(p_y, i, y_l, end, V, BS, BV).to(DTYPE)
         m_s = i + o_s < end
         b_p = project_t(b_omega, b_x, PRECISION)
-        b_ds = tl.dot(b_u, tl.trans(b_y), input_precision=PRECISION)
+        b_ds = operands_times(b_u, b_rest, b_y, KIND, DTYPE, PRECISION)
         b_e = half_norm(b_x, scale) if NORM or (KIND == TRIG and not QUERIES) else tl.zeros((BS,), tl.float32)
         if KIND != TRIG:
             b_e *= -1.0

@@ -116,11 +116,12 @@ def _state_kernel(
                 b_c = b_n
                 b_t = tl.cos(b_t) * tl.exp2(b_e[None, :] - b_n[:, None])
             b_p = (b_t if KIND == TRIG and not QUERIES else nonlinear(b_t, eps, KIND)) * b_g[None, :]
-        if QUERIES:
-            b_z -= tl.sum(b_p * b_delta[None, :], 1)
+        b_p_t = operand(b_p, DTYPE, PRECISION)
+        if QUERIES:  # of the same weights as kv, which it is to cancel
+            b_z -= tl.sum(b_p_t.to(tl.float32) * b_delta[None, :], 1)
         else:
             b_z += tl.sum(b_p, 1)
-        b_kv = tl.dot(operand(b_p, DTYPE, PRECISION), b_y, b_kv, input_precision=PRECISION)
+        b_kv = tl.dot(b_p_t, b_y, b_kv, input_precision=PRECISION)
     if QUERIES and KIND == TRIG:
         b_c = tl.zeros((BF,), tl.float32)
     if BIASED:

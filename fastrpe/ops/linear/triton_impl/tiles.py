@@ -83,6 +83,35 @@ def operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def operands(b_x, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """The same, and of exponential features' means and their gradients in bfloat16 what rounding has left: they are
+    nearly equal to each other, or to a value of the key that has most of a feature's weight."""
+    b_y = operand(b_x, DTYPE, PRECISION)
+    b_rest = b_y
+    if KIND == EXP and DTYPE == tl.bfloat16:
+        b_rest = (b_x - b_y.to(tl.float32)).to(DTYPE)
+    return b_y, b_rest
+
+
+@triton.jit
+def times_operands(b_y, b_x, b_rest, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """y x^T of these."""
+    b_s = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)
+    if KIND == EXP and DTYPE == tl.bfloat16:
+        b_s = tl.dot(b_y, tl.trans(b_rest), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def operands_times(b_x, b_rest, b_y, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x y^T of these."""
+    b_s = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+    if KIND == EXP and DTYPE == tl.bfloat16:
+        b_s = tl.dot(b_rest, tl.trans(b_y), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
 def project_t(b_omega, b_x, PRECISION: tl.constexpr):
     """W x^T, (BF, BS)."""
     return tl.dot(b_omega, tl.trans(b_x), input_precision=PRECISION)
