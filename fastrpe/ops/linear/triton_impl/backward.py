@@ -30,6 +30,7 @@ from .tiles import (
     landed,
     load_omega,
     load_rows,
+    load_rows_of,
     load_state,
     nonlinear,
     on_device,
@@ -196,11 +197,11 @@ def _dk_kernel(
         if BIASED:
             b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
     for i in steps(i_block * span, end, BL):
-        b_k = load_rows(p_k, i, k_l, end, D, BL, BD)
-        b_v = load_rows(p_v, i, v_l, end, V, BL, BV).to(DTYPE)
         m_l = i + o_l < end
         if MASK:
             m_l &= tl.load(mask + i_b * S + i + o_l, mask=m_l, other=0) != 0
+        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
+        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
         b_e = half_norm(b_k, scale) if NORM or KIND == TRIG else tl.zeros((BL,), tl.float32)
         if KIND == TRIG:
             b_e -= tl.load(log_scale + i_bh * F) * LOG2E
@@ -273,9 +274,11 @@ def _domega_kernel(
     b_db = tl.zeros((BF,), tl.float32)
     end = tl.minimum(S, (i_s + 1) * span)
     for i in steps(i_s * span, end, BS):
-        b_x = load_rows(p_x, i, x_l, end, D, BS, BD)
-        b_y = load_rows(p_y, i, y_l, end, V, BS, BV).to(DTYPE)
         m_s = i + o_s < end
+        if MASK:
+            m_s &= tl.load(mask + i_b * S + i + o_s, mask=m_s, other=0) != 0
+        b_x = load_rows_of(p_x, i, x_l, m_s, D, BS, BD)
+        b_y = load_rows_of(p_y, i, y_l, m_s, V, BS, BV).to(DTYPE)
         b_p = project_t(b_omega, b_x, PRECISION)
         b_ds = operands_times(b_u, b_rest, b_y, KIND, DTYPE, PRECISION)
         b_e = half_norm(b_x, scale) if NORM or (KIND == TRIG and not QUERIES) else tl.zeros((BS,), tl.float32)
@@ -294,8 +297,6 @@ def _domega_kernel(
             b_ds += b_z[:, None]
             if KIND == TRIG:
                 b_e -= tl.load(log_scale + i_state * F) * LOG2E
-        if MASK:
-            m_s &= tl.load(mask + i_b * S + i + o_s, mask=m_s, other=0) != 0
         b_e = tl.where(m_s, b_e, MASKED)
         if KIND == EXP:
             b_ds *= tl.exp2(b_p * exponent + b_c[:, None] + b_e[None, :])
@@ -345,14 +346,14 @@ def _causal_dq_kernel(
     vanished = tl.zeros((BL,), tl.int32)
     end = tl.minimum(L, (i_s + 1) * span)
     for i in steps(i_s * span, end, BL):
-        b_k = load_rows(p_k, i, k_l, end, D, BL, BD)
-        b_v = load_rows(p_v, i, v_l, end, V, BL, BV).to(DTYPE)
-        b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
-        b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
         m_row = i + o_l < end
         m_l = m_row
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
+        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
+        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
+        b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
         b_pk = project_t(b_omega, b_k, PRECISION)
         b_pk, b_n, b_old = chunk_keys(b_pk, b_k, m_l, b_c, b_bias, scale, exponent, eps, NORM, WIDE, KIND)
         b_sum = tl.sum(b_pk, 1)
@@ -515,16 +516,16 @@ def _causal_dk_kernel(
     chunks = tl.cdiv(end - begin, BL)
     for n in steps(0, chunks, 1):
         i = begin + (chunks - 1 - n) * BL
-        b_k = load_rows(p_k, i, k_l, end, D, BL, BD)
-        b_v = load_rows(p_v, i, v_l, end, V, BL, BV).to(DTYPE)
-        b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
-        b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
         m_row = i + o_l < end
-        b_row = tl.load(lse + i_bh * L + i + o_l, mask=m_row, other=0.0)
-        b_delta = tl.load(delta + i_bh * L + i + o_l, mask=m_row, other=0.0)
         m_l = m_row
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
+        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
+        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
+        b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
+        b_row = tl.load(lse + i_bh * L + i + o_l, mask=m_row, other=0.0)
+        b_delta = tl.load(delta + i_bh * L + i + o_l, mask=m_row, other=0.0)
         if SPLIT:
             b_den = tl.load(dens + i_bh * L + i + o_l, mask=m_row, other=1.0)
         b_pq = project_t(b_omega, b_q, PRECISION)
@@ -664,13 +665,18 @@ def _tokens_dk_kernel(
             b_kv = b_kv * b_r[:, None] + b_e[:, None] * b_dout[None, :]
             b_z = b_z * b_r - b_e * tl.load(delta + i_bh * L + row)
             b_c = b_n
-            b_k = tl.load(p_k + row * k_l + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_v = tl.load(p_v + row * v_l + o_v, mask=m_v, other=0.0).to(tl.float32)
+            m_k, m_u = m_d, m_v
+            if MASK:
+                taken = tl.load(mask + i_b * L + row) != 0
+                m_k &= taken
+                m_u &= taken
+            b_k = tl.load(p_k + row * k_l + o_d, mask=m_k, other=0.0).to(tl.float32)
+            b_v = tl.load(p_v + row * v_l + o_v, mask=m_u, other=0.0).to(tl.float32)
             b_e = tl.sum(b_w * b_k[None, :], 1) * exponent + b_bias + b_c
             if NORM:
                 b_e -= tl.sum(b_k * b_k, 0) * half
             if MASK:
-                b_e = tl.where(tl.load(mask + i_b * L + row) != 0, b_e, MASKED)
+                b_e = tl.where(taken, b_e, MASKED)
             b_e = tl.exp2(b_e)
             b_ds = (tl.sum(b_kv * b_v[None, :], 1) + b_z) * b_e
             b_dk = tl.sum(b_ds[:, None] * b_w, 0) * scale

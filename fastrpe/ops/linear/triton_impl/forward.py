@@ -25,6 +25,7 @@ from .tiles import (
     landed,
     load_omega,
     load_rows,
+    load_rows_of,
     load_state,
     nonlinear,
     on_device,
@@ -77,15 +78,15 @@ def _state_kernel(
     b_c = tl.full((BF,), EMPTY if KIND == EXP or KIND == TRIG else 0.0, tl.float32)
     end = tl.minimum(S, (i_s + 1) * span)
     for i in steps(i_s * span, end, BS):
-        b_x = load_rows(p_x, i, x_l, end, D, BS, BD)
-        b_y = load_rows(p_y, i, y_l, end, V, BS, BV).to(DTYPE)
         m_s = i + o_s < end
+        if MASK:
+            m_s &= tl.load(mask + i_b * S + i + o_s, mask=m_s, other=0) != 0
+        b_x = load_rows_of(p_x, i, x_l, m_s, D, BS, BD)
+        b_y = load_rows_of(p_y, i, y_l, m_s, V, BS, BV).to(DTYPE)
         b_p = project_t(b_omega, b_x, PRECISION)
         if QUERIES:
             b_row = tl.load(lse + i_bh * S + i + o_s, mask=m_s, other=0.0)
             b_delta = tl.load(delta + i_bh * S + i + o_s, mask=m_s, other=0.0)
-        if MASK:
-            m_s &= tl.load(mask + i_b * S + i + o_s, mask=m_s, other=0) != 0
         if KIND == EXP:
             b_e = half_norm(b_x, scale) * -1.0 if NORM else tl.zeros((BS,), tl.float32)
             if QUERIES:
@@ -288,12 +289,12 @@ def _causal_kernel(
     vanished = tl.zeros((BL,), tl.int32)
     end = tl.minimum(L, (i_s + 1) * span)
     for i in steps(i_s * span, end, BL):
-        b_k = load_rows(p_k, i, k_l, end, D, BL, BD)
-        b_v = load_rows(p_v, i, v_l, end, V, BL, BV).to(DTYPE)
-        b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         m_l = i + o_l < end
         if MASK:
             m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
+        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
+        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         # Keys, and the state with them, are done before queries, which registers could not hold as well.
         b_pk = project_t(b_omega, b_k, PRECISION)
         b_pk, b_n, b_old = chunk_keys(b_pk, b_k, m_l, b_c, b_bias, scale, exponent, eps, NORM, WIDE, KIND)

@@ -39,8 +39,14 @@ steps: Any = _steps if INTERPRETED else tl.range
 @triton.jit
 def load_rows(p_x, i, x_l, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """Rows i to i + BR of a matrix of C columns, (BR, BC), zero outside."""
+    return load_rows_of(p_x, i, x_l, i + tl.arange(0, BR) < rows, C, BR, BC)
+
+
+@triton.jit
+def load_rows_of(p_x, i, x_l, m_r, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """The same, zero where not m_r: a key that takes no part may hold NaN."""
     o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
-    m = (i + o_r < rows)[:, None]
+    m = m_r[:, None]
     if C != BC:
         m &= (o_c < C)[None, :]
     return tl.load(p_x + tl.cast(i, tl.int64) * x_l + o_r[:, None] * x_l + o_c[None, :], mask=m, other=0.0)
@@ -362,13 +368,18 @@ def add_token(
     b_kv, b_z, b_c, b_w, b_bias, p_k, p_v, p_mask, o_d, o_v, scale, exponent,
     D: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    b_k = tl.load(p_k + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_v = tl.load(p_v + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+    m_d, m_v = o_d < D, o_v < V
+    if MASK:
+        taken = tl.load(p_mask) != 0
+        m_d &= taken
+        m_v &= taken
+    b_k = tl.load(p_k + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_v = tl.load(p_v + o_v, mask=m_v, other=0.0).to(tl.float32)
     b_e = tl.sum(b_w * b_k[None, :], 1) * exponent + b_bias
     if NORM:
         b_e -= tl.sum(b_k * b_k, 0) * (0.5 * LOG2E * scale * scale)
     if MASK:
-        b_e = tl.where(tl.load(p_mask) != 0, b_e, MASKED)
+        b_e = tl.where(taken, b_e, MASKED)
     b_n = tl.maximum(b_c, b_e)
     b_e = tl.exp2(b_e - b_n)
     b_r = tl.exp2(b_c - b_n)
