@@ -83,9 +83,22 @@ struct OmegaLayout {
                                   4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + (all ? 4 * M : 0));
 };
 
+// Of whole heads.
+template <int M>
+struct HeadLayout {
+  static constexpr int features = M, groups = 1, threads = 128;
+  static constexpr int stages = M > 64 ? 3 : 2, blocks = M > 64 ? 2 : 3;
+  static constexpr int matrix = M * width / 8, mean_parts = 2;
+  static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile + width);
+};
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr float none = -1e30f;  // the exponent of what takes no part
+
+// float16 holds 2^key_shift a, which is small where there are many keys.
+template <typename T>
+constexpr float key_shift = std::is_same_v<T, Half> ? 8.0f : 0.0f;
 
 // Starts to copy a tile of which `count` rows are there, those that the mask leaves out as zeros.
 template <int Threads, typename T>
@@ -125,11 +138,18 @@ __device__ __forceinline__ float2 unpack(uint32_t x) {
 
 // Four matrices of 8 x 8 16-bit values, of which lane 8 m + i names row i of matrix m. As a left operand in registers
 // has them: a warp's 16 rows, 16 columns.
+template <bool Transposed = false>
 __device__ __forceinline__ void store_matrices(uint4* to, const uint32_t (&x)[4]) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
-               "r"(x[2]), "r"(x[3])
-               : "memory");
+  if constexpr (Transposed) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+  }
 }
 
 template <bool Transposed>
@@ -222,9 +242,10 @@ __device__ __forceinline__ void store_features(float* part, int base, const floa
   }
 }
 
-// Makes U, less the mean of the first 16 features, as the sum of Parts matrices.
+// Makes U, less the mean of the first 16 features, as the sum of Parts matrices; that mean too where it is wanted.
 template <typename T, int M, int Threads, int Parts>
-__device__ __forceinline__ void fill_means(const float* kv, const float* z, uint4* means) {
+__device__ __forceinline__ void fill_means(const float* kv, const float* z, uint4* means,
+                                           float* shared_common = nullptr) {
   const int u = threadIdx.x % 8;
   const auto mean = [&](float (&x)[8], int f) {
     const float sum = z[f], factor = sum > 0.0f ? 1.0f / sum : 0.0f;
@@ -250,6 +271,12 @@ __device__ __forceinline__ void fill_means(const float* kv, const float* z, uint
   for (float& x : common) {
     x += __shfl_xor_sync(~0u, x, 8);
     x += __shfl_xor_sync(~0u, x, 16);
+  }
+  if (shared_common != nullptr && threadIdx.x < 8) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      shared_common[u * 8 + e] = common[e];
+    }
   }
 #pragma unroll
   for (int n = 0; n < M * pieces; n += Threads) {
@@ -334,7 +361,7 @@ __device__ __forceinline__ void key_weights(uint32_t (&a)[Steps][4], const float
 // What |x|^2 / 2 takes from the exponents of a thread's two keys, of one that takes no part all.
 template <typename T>
 __device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k, int warp, int g, int t, float square,
-                                           int count, const bool* mask, int64_t first) {
+                                           int count, const bool* mask) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp * 16 + g + 8 * r;
@@ -349,7 +376,7 @@ __device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k
       }
     }
     norm[r] = sum_of_four(norm[r]) * (0.5f * log2e * square);
-    if (row >= count || (mask != nullptr && !mask[first + row])) {
+    if (row >= count || (mask != nullptr && !mask[row])) {
       norm[r] = -none;
     }
   }
@@ -378,12 +405,207 @@ __device__ __forceinline__ void start_products(float (&p)[R], float (&ds)[R], co
 
 // Queries -------------------------------------------------------------------------------------------------------------
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// What a block's queries share.
+template <typename T>
+struct QueryMemory {
+  const uint4 *omega, *means;  // rows of features
+  uint4* weights;              // w, rows of queries, a slab for 64 features
+  const float* exponents;
+  T* deltas;             // delta as the sum of two numbers of 16 bits, (2, tile)
+  float2* row_sums;      // (groups, tile)
+  float* half_products;  // (groups, 16, 128)
+};
+
+// dq of a tile of which `count` rows are there, where q was and in memory; adds to dU^T, 64 x F, and in columns 0 and 1
+// of dy to y of this warp's F / 4 features. Of::groups warpgroups have all rows, each F features.
+template <typename T, int M, typename Of, typename Next>
+__device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* tile_q, const uint4* tile_dout,
+                                           int count, float scale, T* to, float (&dmeans)[Of::features / 2],
+                                           float (&dy)[Of::features / 64][4], Next&& start_next) {
+  constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr int F = Of::features;
+  const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+  // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
+  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const float exponent = scale * log2e;
+  float w[F / 2], ds[F / 2];
+  start_products<T, Of::mean_parts, M>(w, ds, tile_q, shared.omega + base * 8, tile_dout, shared.means + base * 8);
+  start_next();
+  products_wait<1>(w);
+
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  add_exponents(w, exponent, shared.exponents + base, top);
+  top[0] = largest_of_four(top[0]);
+  top[1] = largest_of_four(top[1]);
+#pragma unroll
+  for (int i = 0; i < F / 2; ++i) {
+    w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
+    total[i / 2 % 2] += w[i];
+  }
+  float inverse[2];  // of the sum of a row
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    total[r] = sum_of_four(total[r]);
+    if (Of::groups > 1 && t == 0) {
+      shared.row_sums[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r]};
+    }
+  }
+  if constexpr (Of::groups > 1) {
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float factor = 1.0f;
+    if constexpr (Of::groups > 1) {
+      const float2 other = shared.row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+      const float all = fmaxf(top[r], other.x);
+      factor = exp2_approximate(top[r] - all);
+      total[r] = total[r] * factor + other.y * exp2_approximate(other.x - all);
+    }
+    inverse[r] = __fdividef(factor, total[r]);
+  }
+#pragma unroll
+  for (int s = 0; s < F / 16; ++s) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      w[8 * s + 2 * i] *= inverse[i % 2];
+      w[8 * s + 2 * i + 1] *= inverse[i % 2];
+      x[i] = pack<T>(w[8 * s + 2 * i], w[8 * s + 2 * i + 1]);
+    }
+    store_matrices(shared.weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
+  }
+  copies_visible();
+  __syncthreads();  // all weights are there
+  products_begin();
+#pragma unroll
+  for (int s = 0; s < tile / 16; ++s) {
+    multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
+                             operand(shared.weights + base / 64 * slab + s * 128, 16 * slab), true);
+  }
+  products_end();
+  products_wait<1>(ds);
+
+  float delta[2] = {}, size[2] = {1.0f, 1.0f};
+#pragma unroll
+  for (int i = 0; i < F / 2; ++i) {
+    delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
+  }
+  delta[0] = sum_of_four(delta[0]);
+  delta[1] = sum_of_four(delta[1]);
+  if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
+    size[0] = size[1] = 1e-30f;
+#pragma unroll
+    for (int i = 0; i < F / 2; ++i) {
+      size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
+    }
+    size[0] = largest_of_four(size[0]);
+    size[1] = largest_of_four(size[1]);
+  }
+  if constexpr (Of::groups > 1) {
+    if (t == 0) {
+      shared.row_sums[group * tile + warp * 16 + g] = {delta[0], size[0]};
+      shared.row_sums[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 other = shared.row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
+      delta[r] += other.x;
+      size[r] = fmaxf(size[r], other.y);
+    }
+  }
+  if (group == 0 && t == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const T high = static_cast<T>(delta[r]);
+      shared.deltas[warp * 16 + g + 8 * r] = high;
+      shared.deltas[tile + warp * 16 + g + 8 * r] = static_cast<T>(delta[r] - static_cast<float>(high));
+    }
+  }
+  const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]};
+  uint32_t fragments[F / 16][4];
+#pragma unroll
+  for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = w[8 * s + 2 * i + e] * (ds[8 * s + 2 * i + e] - delta[i % 2]);
+        if constexpr (is_half) {
+          x[e] *= row_scale[i % 2];
+        }
+      }
+      fragments[s][i] = pack<T>(x[0], x[1]);
+    }
+  }
+  float dq[32];
+  products_begin();
+#pragma unroll
+  for (int s = 0; s < F / 16; ++s) {
+    multiply<T, Inner::b>(dq, fragments[s], operand(shared.omega + base * 8 + s * 128), s > 0);
+  }
+  products_end();
+  __syncthreads();  // all deltas are there
+#pragma unroll
+  for (int s = 0; s < tile / 16; ++s) {
+    // Columns of b other than 0 and 1 are zero.
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(shared.deltas) + g % 2 * (tile / 2) + s * 8 + t;
+    const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
+#pragma unroll
+    for (int n = 0; n < F / 64; ++n) {
+      const int f = base + warp * (F / 4) + n * 16;
+      uint32_t a[4];
+      load_matrices<true>(
+          a, shared.weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
+      multiply_warp<T>(dy[n], a, b0, b1);
+    }
+  }
+  products_wait(dq);
+  products_wait(dmeans);
+  const float factor[2] = {scale * size[0], scale * size[1]};
+  // Of two warpgroups with half a sum each, either finishes 32 columns.
+  constexpr int columns = width / Of::groups;
+  float y[columns / 2];
+  if constexpr (Of::groups > 1) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      shared.half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < columns / 2; ++i) {
+    if constexpr (Of::groups > 1) {
+      y[i] = (group == 0 ? dq[i] : dq[16 + i]) + shared.half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
+    } else {
+      y[i] = dq[i];
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < columns / 16; ++s) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
+    }
+    store_matrices(tile_q + piece(named, group * 4 + s * 2 + half), x);
+  }
+  __syncwarp();
+  store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
+}
+
+#endif
+
 template <typename T, int M>
 __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blocks)
     query_gradient_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Layout<M>;
-  constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr int F = Of::features;
   extern __shared__ __align__(1024) uint4 memory[];
   uint4* omega = memory;                                 // rows of features
@@ -427,9 +649,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     exponents[threadIdx.x] = z > 0.0f ? (args.log_scale[state + threadIdx.x] + bias) * log2e + log2f(z) : none;
   }
 
-  const float exponent = args.scale * log2e;
-  // Of the 16 bytes that this thread names to matrix instructions: the row, and the piece of the first 16 columns.
-  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const QueryMemory<T> shared{omega, means, weights, exponents, deltas, row_sums, half_products};
   float dmeans[F / 2] = {};  // dU^T, 64 x F
   let_next_begin();
   float dy[F / 64][4] = {};  // columns 0 and 1 add to y of this warp's F / 4 features
@@ -439,175 +659,10 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     copies_wait<Of::query_stages - 2>();
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
-    float w[F / 2], ds[F / 2];
-    start_products<T, Of::mean_parts, M>(w, ds, tile_q, omega + base * 8, tile_dout, means + base * 8);
-    start_next();
-    products_wait<1>(w);
-
-    float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
-    add_exponents(w, exponent, exponents + base, top);
-    top[0] = largest_of_four(top[0]);
-    top[1] = largest_of_four(top[1]);
-#pragma unroll
-    for (int i = 0; i < F / 2; ++i) {
-      w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
-      total[i / 2 % 2] += w[i];
-    }
-    float inverse[2];  // of the sum of a row
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      total[r] = sum_of_four(total[r]);
-      if (Of::groups > 1 && t == 0) {
-        row_sums[group * tile + warp * 16 + g + 8 * r] = {top[r], total[r]};
-      }
-    }
-    if constexpr (Of::groups > 1) {
-      __syncthreads();
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float factor = 1.0f;
-      if constexpr (Of::groups > 1) {
-        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
-        const float all = fmaxf(top[r], other.x);
-        factor = exp2_approximate(top[r] - all);
-        total[r] = total[r] * factor + other.y * exp2_approximate(other.x - all);
-      }
-      inverse[r] = __fdividef(factor, total[r]);
-    }
-#pragma unroll
-    for (int s = 0; s < F / 16; ++s) {
-      uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        w[8 * s + 2 * i] *= inverse[i % 2];
-        w[8 * s + 2 * i + 1] *= inverse[i % 2];
-        x[i] = pack<T>(w[8 * s + 2 * i], w[8 * s + 2 * i + 1]);
-      }
-      store_matrices(weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
-    }
-    copies_visible();
-    __syncthreads();  // all weights are there
-    products_begin();
-#pragma unroll
-    for (int s = 0; s < tile / 16; ++s) {
-      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
-                               operand(weights + base / 64 * slab + s * 128, 16 * slab), true);
-    }
-    products_end();
-    products_wait<1>(ds);
-
-    float delta[2] = {}, size[2] = {1.0f, 1.0f};
-#pragma unroll
-    for (int i = 0; i < F / 2; ++i) {
-      delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
-    }
-    delta[0] = sum_of_four(delta[0]);
-    delta[1] = sum_of_four(delta[1]);
-    if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
-      size[0] = size[1] = 1e-30f;
-#pragma unroll
-      for (int i = 0; i < F / 2; ++i) {
-        size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
-      }
-      size[0] = largest_of_four(size[0]);
-      size[1] = largest_of_four(size[1]);
-    }
-    if constexpr (Of::groups > 1) {
-      if (t == 0) {
-        row_sums[group * tile + warp * 16 + g] = {delta[0], size[0]};
-        row_sums[group * tile + warp * 16 + g + 8] = {delta[1], size[1]};
-      }
-      __syncthreads();
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float2 other = row_sums[(1 - group) * tile + warp * 16 + g + 8 * r];
-        delta[r] += other.x;
-        size[r] = fmaxf(size[r], other.y);
-      }
-    }
-    if (group == 0 && t == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const T high = static_cast<T>(delta[r]);
-        deltas[warp * 16 + g + 8 * r] = high;
-        deltas[tile + warp * 16 + g + 8 * r] = static_cast<T>(delta[r] - static_cast<float>(high));
-      }
-    }
-    const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]};
-    uint32_t fragments[F / 16][4];
-#pragma unroll
-    for (int s = 0; s < F / 16; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float x[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          x[e] = w[8 * s + 2 * i + e] * (ds[8 * s + 2 * i + e] - delta[i % 2]);
-          if constexpr (is_half) {
-            x[e] *= row_scale[i % 2];
-          }
-        }
-        fragments[s][i] = pack<T>(x[0], x[1]);
-      }
-    }
-    float dq[32];
-    products_begin();
-#pragma unroll
-    for (int s = 0; s < F / 16; ++s) {
-      multiply<T, Inner::b>(dq, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
-    }
-    products_end();
-    __syncthreads();  // all deltas are there
-#pragma unroll
-    for (int s = 0; s < tile / 16; ++s) {
-      // Columns of b other than 0 and 1 are zero.
-      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(deltas) + g % 2 * (tile / 2) + s * 8 + t;
-      const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
-#pragma unroll
-      for (int n = 0; n < F / 64; ++n) {
-        const int f = base + warp * (F / 4) + n * 16;
-        uint32_t a[4];
-        load_matrices<true>(a,
-                            weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
-        multiply_warp<T>(dy[n], a, b0, b1);
-      }
-    }
-    products_wait(dq);
-    products_wait(dmeans);
-    const float factor[2] = {args.scale * size[0], args.scale * size[1]};
     const int64_t first = static_cast<int64_t>(i_tile) * tile;
     const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
-    T* to = args.dx + (at.head * args.length + first) * width;
-    // Of two warpgroups with half a sum each, either finishes 32 columns.
-    constexpr int columns = width / Of::groups;
-    float y[columns / 2];
-    if constexpr (Of::groups > 1) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dq[16 + i] : dq[i];
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < columns / 2; ++i) {
-      if constexpr (Of::groups > 1) {
-        y[i] = (group == 0 ? dq[i] : dq[16 + i]) + half_products[((1 - group) * 16 + i) * 128 + threadIdx.x % 128];
-      } else {
-        y[i] = dq[i];
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < columns / 16; ++s) {
-      uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
-      }
-      store_matrices(tile_q + piece(named, group * 4 + s * 2 + half), x);
-    }
-    __syncwarp();
-    store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
+    query_tile<T, M, Of>(shared, tile_q, tile_dout, count, args.scale,
+                         args.dx + (at.head * args.length + first) * width, dmeans, dy, start_next);
   }
 
   float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
@@ -972,6 +1027,105 @@ __global__ void __launch_bounds__(128)
 
 // Keys ----------------------------------------------------------------------------------------------------------------
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// What a block's keys share.
+struct KeyMemory {
+  const uint4 *omega, *dmeans;  // rows of features
+  const float *exponents, *dy;
+};
+
+// dk and dv of a tile of which `count` rows are there, where k and v were and in memory. `square` is scale^2 where
+// exponents have -|x|^2 / 2, else 0; `back` undoes the scaling of float16.
+template <typename T, int M, int F, typename Next>
+__device__ __forceinline__ void key_tile(const KeyMemory& shared, uint4* tile_k, uint4* tile_v, int count,
+                                         const bool* mask, float scale, float square, float back, T* to_k, T* to_v,
+                                         Next&& start_next) {
+  constexpr bool is_half = std::is_same_v<T, Half>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const float exponent = scale * log2e;
+  float p[F / 2], ds[F / 2];
+  const auto project = [&](int base) {
+    start_products<T>(p, ds, tile_k, shared.omega + base * 8, tile_v, shared.dmeans + base * 8);
+  };
+  project(0);
+  start_next();
+  float norm[2];
+  half_norms<T>(norm, tile_k, warp, g, t, square, count, mask);
+  float dk[32], dv[32], sums[2] = {};
+  uint32_t a[F / 16][4], fragments[F / 16][4];
+#pragma unroll
+  for (int base = 0; base < M; base += F) {
+    if (base > 0) {
+      products_wait(dk);
+      products_wait(dv);
+      project(base);
+    }
+    products_wait<1>(p);
+    key_weights<T>(a, p, exponent, shared.exponents + base, norm, t);
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+      multiply<T, Inner::b>(dv, a[s], operand(shared.dmeans + base * 8 + s * 128), base > 0 || s > 0);
+    }
+    products_end();
+    products_wait<1>(ds);
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 y = reinterpret_cast<const float2*>(shared.dy + base)[8 * s + i / 2 * 4 + t];
+        const float2 weight = unpack<T>(a[s][i]);
+        const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
+        sums[i % 2] += x0 + x1;
+        fragments[s][i] = pack<T>(x0, x1);
+      }
+    }
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+      multiply<T, Inner::b>(dk, fragments[s], operand(shared.omega + base * 8 + s * 128), base > 0 || s > 0);
+    }
+    products_end();
+  }
+  __syncthreads();  // no product reads this stage any more
+  products_wait<1>(dv);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
+                     : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
+    }
+    store_matrices(tile_v + piece(named, s * 2 + half), x);
+  }
+  __syncwarp();
+  store_rows<8>(tile_v, warp * 16, 0, count, to_v);
+  products_wait(dk);
+  const float factor = scale * back;
+  sums[0] = sum_of_four(sums[0]) * (square * back);
+  sums[1] = sum_of_four(sums[1]) * (square * back);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    uint32_t x[4];
+    load_matrices<false>(x, tile_k + piece(named, s * 2 + half));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 key = unpack<T>(x[i]);
+      x[i] = pack<T>(fmaf(dk[8 * s + 2 * i], factor, -key.x * sums[i % 2]),
+                     fmaf(dk[8 * s + 2 * i + 1], factor, -key.y * sums[i % 2]));
+    }
+    __syncwarp();
+    store_matrices(tile_k + piece(named, s * 2 + half), x);
+  }
+  __syncwarp();
+  store_rows<8>(tile_k, warp * 16, 0, count, to_k);
+}
+
+#endif
+
 template <typename T, int M>
 __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     key_gradient_kernel(const Args<T> args) {
@@ -979,7 +1133,6 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
   using Of = Layout<M>;
   constexpr int F = Of::features, threads = Of::key_threads;
   constexpr bool is_half = std::is_same_v<T, Half>;
-  constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
   extern __shared__ __align__(1024) uint4 memory[];
   uint4* omega = memory;                // rows of features
   uint4* dmeans = omega + Of::matrix;   // dU, rows of features
@@ -989,7 +1142,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
   float* largest = dy + M;  // of each warp
 
   const Place at(args, blockIdx.x);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const T *k = args.x.at(at.i_b, at.i_h), *v = args.y.at(at.i_b, at.i_h);
   const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
   int ahead = at.begin, next_stage = 0, stage = 0;
@@ -1031,7 +1184,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
         const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
         const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
         inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
-        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + shift : none;
+        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : none;
       }
     }
     wait_for_previous();  // which sums dU and r; the state, k, v and omega are older
@@ -1076,7 +1229,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
       __syncthreads();
       top = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
       factor = 1.0f / top;
-      back = top * exp2f(-shift);
+      back = top * exp2f(-key_shift<T>);
     }
 #pragma unroll
     for (int i = 0; i < M / 16; ++i) {
@@ -1096,8 +1249,8 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     }
   }
 
-  const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
-  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const float square = args.norm * args.scale * args.scale;
+  const KeyMemory shared{omega, dmeans, exponents, dy};
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
     stage = stage + 1 == Of::key_stages ? 0 : stage + 1;
@@ -1106,83 +1259,9 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     copies_wait<Of::key_stages - 2>();
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
-    float p[F / 2], ds[F / 2];
-    const auto project = [&](int base) {
-      start_products<T>(p, ds, tile_k, omega + base * 8, tile_v, dmeans + base * 8);
-    };
-    project(0);
-    start_next();
-    float norm[2];
-    half_norms<T>(norm, tile_k, warp, g, t, square, count, mask, first);
-    float dk[32], dv[32], sums[2] = {};
-    uint32_t a[F / 16][4], fragments[F / 16][4];
-#pragma unroll
-    for (int base = 0; base < M; base += F) {
-      if (base > 0) {
-        products_wait(dk);
-        products_wait(dv);
-        project(base);
-      }
-      products_wait<1>(p);
-      key_weights<T>(a, p, exponent, exponents + base, norm, t);
-      products_begin();
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-        multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), base > 0 || s > 0);
-      }
-      products_end();
-      products_wait<1>(ds);
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 y = reinterpret_cast<const float2*>(dy + base)[8 * s + i / 2 * 4 + t];
-          const float2 weight = unpack<T>(a[s][i]);
-          const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
-          sums[i % 2] += x0 + x1;
-          fragments[s][i] = pack<T>(x0, x1);
-        }
-      }
-      products_begin();
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-        multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), base > 0 || s > 0);
-      }
-      products_end();
-    }
-    __syncthreads();  // no product reads this stage any more
-    products_wait<1>(dv);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
-                       : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
-      }
-      store_matrices(tile_v + piece(named, s * 2 + half), x);
-    }
-    __syncwarp();
-    store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
-    products_wait(dk);
-    const float factor = args.scale * back;
-    sums[0] = sum_of_four(sums[0]) * (square * back);
-    sums[1] = sum_of_four(sums[1]) * (square * back);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      uint32_t x[4];
-      load_matrices<false>(x, tile_k + piece(named, s * 2 + half));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 key = unpack<T>(x[i]);
-        x[i] = pack<T>(fmaf(dk[8 * s + 2 * i], factor, -key.x * sums[i % 2]),
-                       fmaf(dk[8 * s + 2 * i + 1], factor, -key.y * sums[i % 2]));
-      }
-      __syncwarp();
-      store_matrices(tile_k + piece(named, s * 2 + half), x);
-    }
-    __syncwarp();
-    store_rows<8>(tile_k, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
+    const int64_t at_tile = (at.head * args.length + first) * width;
+    key_tile<T, M, F>(shared, tile_k, tile_v, count, mask == nullptr ? nullptr : mask + first, args.scale, square, back,
+                      args.dx + at_tile, args.dy + at_tile, start_next);
   }
 #endif
 }
@@ -1196,7 +1275,6 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   using Of = Layout<M>;
   constexpr int F = Of::features, threads = Of::key_threads;
   constexpr bool is_half = std::is_same_v<T, Half>, inputs = M == F;
-  constexpr float shift = is_half ? 8.0f : 0.0f;  // float16 holds 2^shift a, which is small where there are many keys
   extern __shared__ __align__(1024) uint4 memory[];
   uint4* omega = memory;                                                  // rows of features
   uint4* dmeans = omega + Of::matrix;                                     // dU, rows of features
@@ -1270,7 +1348,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
           const float z = args.z[at.head * M + f], log_scale = args.log_scale[at.head * M + f];
           const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
           inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
-          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + shift : none;
+          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + key_shift<T> : none;
         }
       }
       copies_wait<0>();
@@ -1301,7 +1379,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
         __syncthreads();
         top = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
         factor = 1.0f / top;
-        back = top * exp2f(-shift);
+        back = top * exp2f(-key_shift<T>);
       }
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
@@ -1344,7 +1422,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
       start_products<T>(p, ds, tile_k, omega + base * 8, tile_v, dmeans + base * 8);
       start_next();
       float norm[2];
-      half_norms<T>(norm, tile_k, warp, g, t, square, count, mask, first);
+      half_norms<T>(norm, tile_k, warp, g, t, square, count, mask == nullptr ? nullptr : mask + first);
       float dk[32], dv[32], sums[2] = {};
       uint32_t a[F / 16][4], fragments[F / 16][4];
       products_wait<1>(p);
@@ -1503,9 +1581,238 @@ __global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args)
   }
 }
 
+// Heads of few tokens -------------------------------------------------------------------------------------------------
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// Makes dU in 16 bits where U's first part is, and y of the same features: of (U dU_16 - U_16 dU) + sum_i w delta,
+// where U_16 is U less `common`. `dy` is the latter as query_tile leaves it, `sums` are 5 M + 8 numbers of shared
+// memory. Returns what undoes the scaling of float16.
+template <typename T, int M, typename Of>
+__device__ __forceinline__ float take_dmeans(uint4* means, const float* common, const float (&dmeans)[Of::features / 2],
+                                             const float (&dy)[Of::features / 64][4], float* sums, float* y) {
+  constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr int F = Of::features;
+  const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+  uint4* own = means + piece(base + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);  // a step of 16 rows keeps it
+  const float middle[2] = {common[warp * 16 + g], common[warp * 16 + g + 8]};
+  float *of_queries = sums + 4 * M, *largest = of_queries + M;
+  if (t == 0) {
+#pragma unroll
+    for (int n = 0; n < F / 64; ++n) {
+      const int f = base + warp * (F / 4) + n * 16 + g;
+      of_queries[f] = dy[n][0] + dy[n][1];
+      of_queries[f + 8] = dy[n][2] + dy[n][3];
+    }
+  }
+  // U's elements where dU's of 16 features are.
+  const auto load_means = [&](float (&u)[8], int s) {
+    uint32_t a[4], b[4];
+    load_matrices<true>(a, own + s * 128);
+    load_matrices<true>(b, own + s * 128 + Of::matrix);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 high = unpack<T>(a[i]), low = unpack<T>(b[i]);
+      u[2 * i] = high.x + low.x;
+      u[2 * i + 1] = high.y + low.y;
+    }
+  };
+  const auto sum_of = [&](int f) { return (sums[f] + sums[M + f]) + (sums[2 * M + f] + sums[3 * M + f]); };
+  float factor = 1.0f, back = 1.0f;
+  if constexpr (is_half) {
+    float products[F / 4] = {}, top = 1e-30f;
+#pragma unroll
+    for (int s = 0; s < F / 16; ++s) {
+      float u[8];
+      load_means(u, s);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = dmeans[8 * s + i];
+        products[4 * s + i / 4 * 2 + i % 2] += u[i] * x;
+        top = fmaxf(top, fabsf(x));
+      }
+    }
+    store_column_sums(products, sums + warp * M + base);
+    __syncthreads();
+    if (threadIdx.x < M) {
+      top = fmaxf(top, fabsf(sum_of(threadIdx.x) - of_queries[threadIdx.x]) / 16);  // r
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
+    }
+    if (lane == 0) {
+      largest[threadIdx.x / 32] = top;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Of::threads / 32; ++i) {
+      top = fmaxf(top, largest[i]);
+    }
+    factor = 1.0f / top;
+    back = top * exp2f(-key_shift<T>);
+  }
+  float products[F / 4] = {};
+#pragma unroll
+  for (int s = 0; s < F / 16; ++s) {
+    float u[8];
+    load_means(u, s);
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x0 = dmeans[8 * s + 2 * i] * factor, x1 = dmeans[8 * s + 2 * i + 1] * factor;
+      x[i] = pack<T>(x0, x1);
+      const float2 rounded = unpack<T>(x[i]);
+      products[4 * s + i / 2 * 2] += u[2 * i] * (rounded.x - x0) + middle[i % 2] * rounded.x;
+      products[4 * s + i / 2 * 2 + 1] += u[2 * i + 1] * (rounded.y - x1) + middle[i % 2] * rounded.y;
+    }
+    __syncwarp();
+    store_matrices<true>(own + s * 128, x);
+  }
+  store_column_sums(products, sums + warp * M + base);
+  __syncthreads();
+  if (threadIdx.x < M) {
+    y[threadIdx.x] = sum_of(threadIdx.x) + of_queries[threadIdx.x] * factor;
+  }
+  return back;
+}
+
+#endif
+
+// Queries and then keys of several key heads with the same projection, each without a trip of dU through memory.
+template <typename T, int M>
+__global__ void __launch_bounds__(HeadLayout<M>::threads, HeadLayout<M>::blocks)
+    head_gradient_kernel(const Args<T> queries, const Args<T> keys) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Of = HeadLayout<M>;
+  constexpr int F = Of::features, threads = Of::threads;
+  extern __shared__ __align__(1024) uint4 memory[];
+  uint4* omega = memory;                                 // rows of features
+  uint4* means = omega + Of::matrix;                     // U and then dU, rows of features
+  uint4* weights = means + Of::mean_parts * Of::matrix;  // w, rows of queries, a slab for 64 features
+  uint4* stages = weights + Of::matrix;
+  float* exponents = reinterpret_cast<float*>(stages + Of::stages * 2 * slab);
+  T* deltas = reinterpret_cast<T*>(exponents + M);                // (2, tile)
+  float* common = reinterpret_cast<float*>(deltas + 2 * tile);    // what is taken off U
+  float *dy = reinterpret_cast<float*>(weights), *sums = dy + M;  // while there are no weights
+
+  const Units units(keys);
+  const int groups = keys.groups;
+  const int query_tiles = static_cast<int>((queries.length + tile - 1) / tile);
+  const int key_tiles = static_cast<int>((keys.length + tile - 1) / tile);
+  const auto count_of = [](const Args<T>& args, int i_tile) {
+    return static_cast<int>(min(static_cast<int64_t>(tile), args.length - static_cast<int64_t>(i_tile) * tile));
+  };
+  // What is copied next: a tile of one of the key head's query heads, or of its keys.
+  uint32_t unit_ahead = units.begin;
+  Place ahead = units.place(keys, unit_ahead);
+  int group_ahead = 0, tile_ahead = 0, next_stage = 0, stage = 0;
+  const auto start_next = [&] {
+    if (unit_ahead < units.end) {
+      const int64_t first = static_cast<int64_t>(tile_ahead) * tile;
+      uint4* to = stages + next_stage * 2 * slab;
+      if (group_ahead < groups) {
+        const int i_h = ahead.i_h * groups + group_ahead, count = count_of(queries, tile_ahead);
+        fetch<threads>(queries.x.at(ahead.i_b, i_h) + first * queries.x.l, queries.x.l, count, to);
+        fetch<threads>(queries.y.at(ahead.i_b, i_h) + first * queries.y.l, queries.y.l, count, to + slab);
+        if (++tile_ahead == query_tiles) {
+          tile_ahead = 0;
+          ++group_ahead;
+        }
+      } else {
+        const int count = count_of(keys, tile_ahead);
+        const bool* mask = keys.mask == nullptr ? nullptr : keys.mask + ahead.i_b * keys.length + first;
+        fetch<threads>(keys.x.at(ahead.i_b, ahead.i_h) + first * keys.x.l, keys.x.l, count, to, mask);
+        fetch<threads>(keys.y.at(ahead.i_b, ahead.i_h) + first * keys.y.l, keys.y.l, count, to + slab, mask);
+        if (++tile_ahead == key_tiles) {
+          tile_ahead = group_ahead = 0;
+          if (++unit_ahead < units.end) {
+            ahead = units.place(keys, unit_ahead);
+          }
+        }
+      }
+      next_stage = next_stage + 1 == Of::stages ? 0 : next_stage + 1;
+    }
+    copies_end();
+  };
+  fill_projection<T, M, threads>(keys.projection, ahead.i_h, omega);
+#pragma unroll
+  for (int i = 1; i < Of::stages; ++i) {
+    start_next();
+  }
+  const auto next_tile = [&] {
+    uint4* rows = stages + stage * 2 * slab;
+    stage = stage + 1 == Of::stages ? 0 : stage + 1;
+    copies_wait<Of::stages - 2>();
+    copies_visible();
+    __syncthreads();  // this stage is there, and everyone has left the one before
+    return rows;
+  };
+  const float square = keys.norm * keys.scale * keys.scale;
+  const QueryMemory<T> of_queries{omega, means, weights, exponents, deltas, nullptr, nullptr};
+  const KeyMemory of_keys{omega, means, exponents, dy};
+  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
+    const Place at = units.place(keys, n_unit);
+    float key_exponent = none;  // of this thread's feature
+    fill_means<T, M, threads, Of::mean_parts>(keys.kv + at.head * (M * width), keys.z + at.head * M, means, common);
+    if (threadIdx.x < M) {
+      const float z = keys.z[at.head * M + threadIdx.x], c = keys.log_scale[at.head * M + threadIdx.x];
+      const float bias = keys.bias == nullptr ? 0.0f : keys.bias[at.i_h * keys.bias_h + threadIdx.x];
+      exponents[threadIdx.x] = z > 0.0f ? (c + bias) * log2e + log2f(z) : none;
+      key_exponent = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : none;
+    }
+    if (n_unit + 1 < units.end) {
+      const int64_t state = units.place(keys, n_unit + 1).head * M;
+#pragma unroll
+      for (int i = threadIdx.x * 32; i < M * width; i += threads * 32) {
+        prefetch(keys.kv + state * width + i);
+      }
+      if (threadIdx.x < M && threadIdx.x % 32 == 0) {
+        prefetch(keys.z + state + threadIdx.x);
+        prefetch(keys.log_scale + state + threadIdx.x);
+      }
+    }
+
+    float dmeans[F / 2] = {}, of_deltas[F / 64][4] = {};
+    for (int i_h = at.i_h * groups; i_h < (at.i_h + 1) * groups; ++i_h) {
+      T* to = queries.dx + (at.i_b * queries.heads + i_h) * queries.length * width;
+      for (int i_tile = 0; i_tile < query_tiles; ++i_tile, to += tile * width) {
+        uint4* rows = next_tile();
+        query_tile<T, M, Of>(of_queries, rows, rows + slab, count_of(queries, i_tile), queries.scale, to, dmeans,
+                             of_deltas, start_next);
+      }
+    }
+    __syncthreads();  // everyone has left U and the weights
+    if (threadIdx.x < M) {
+      exponents[threadIdx.x] = key_exponent;
+    }
+    const float back = take_dmeans<T, M, Of>(means, common, dmeans, of_deltas, sums, dy);
+    for (int i_tile = 0; i_tile < key_tiles; ++i_tile) {
+      uint4* rows = next_tile();
+      const int64_t first = static_cast<int64_t>(i_tile) * tile, to = (at.head * keys.length + first) * width;
+      const bool* mask = keys.mask == nullptr ? nullptr : keys.mask + at.i_b * keys.length + first;
+      key_tile<T, M, F>(of_keys, rows, rows + slab, count_of(keys, i_tile), mask, keys.scale, square, back,
+                        keys.dx + to, keys.dy + to, start_next);
+    }
+    __syncthreads();  // everyone has left dU and y
+  }
+#endif
+}
+
 // Launches ------------------------------------------------------------------------------------------------------------
 
-// Tiles of a head that a block takes, for the least time; `start` is that of a block's beginning, in tiles.
+// Tiles of `heads` in shares of so many to blocks of which `resident` run at a time: how long, in tiles, with `start`
+// for a block's beginning.
+int64_t time_of(int64_t share, int64_t tiles, int64_t heads, int64_t resident, int64_t start) {
+  return ceil_div(heads * ceil_div(tiles, share), resident) * (share + start);
+}
+
+// Tiles of a head that a block takes, for the least time.
 int share_of(int64_t tiles, int64_t heads, int64_t resident, int64_t start) {
   int64_t best = tiles, least = INT64_MAX;
   const int64_t most = std::min(tiles, std::max<int64_t>(1, 2 * resident / heads));
@@ -1608,78 +1915,105 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
       launch(kernel, dim3(static_cast<uint32_t>(blocks), chunks), threads, bytes, stream, overlaps, arguments...);
     };
-    // dW of each set of heads that share a projection, with slots of its own for every block.
+    Args<T> queries = args, keys = args;
+    queries.x = rows_of<T>(op, q);
+    queries.y = rows_of<T>(op, dout);
+    queries.dx = static_cast<T*>(dq.mutable_data_ptr());
+    queries.length = L;
+    queries.heads = static_cast<int>(H);
+    keys.x = rows_of<T>(op, k);
+    keys.y = rows_of<T>(op, v);
+    keys.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+    keys.dx = static_cast<T*>(dk.mutable_data_ptr());
+    keys.dy = static_cast<T*>(dv.mutable_data_ptr());
+    keys.length = S;
+    keys.heads = static_cast<int>(Hk);
+    // Blocks walk over units of each set of heads that share a projection.
     const int64_t sets = per_head ? Hk : 1, outer = per_head ? B : 1;
-    Tensor parts = empty, query_omega = empty, key_omega = empty;
-    OmegaArgs<M> sums{};
-    const auto walk = [&](Tensor& slots, int64_t heads, int64_t resident) {
-      const int64_t units = heads * args.blocks / sets;
+    const auto walk = [&](Args<T>& args, int64_t resident) {
+      const int64_t units = B * args.heads * args.blocks / sets;
       STD_TORCH_CHECK(units * sets <= INT32_MAX, op, ": B and H must be smaller");
       args.sets = static_cast<int>(sets);
       args.inner = static_cast<int>(units / outer);
       args.units = static_cast<int>(units);
       args.taken = share_of(units, sets, resident, 1);
       args.walkers = ceil_div(units, args.taken);
+    };
+    // For dW, with a slot for each.
+    Tensor parts = empty, query_omega = empty, key_omega = empty;
+    OmegaArgs<M> sums{};
+    const auto start_slots = [&](Args<T>& args, Tensor& slots) {
       slots = new_empty(q, {sets * args.walkers, M, width}, ScalarType::Float);
       args.omega_parts = static_cast<float*>(slots.mutable_data_ptr());
       return OmegaSlots{args.omega_parts, 1, args.walkers};
     };
+    const int64_t query_places = multiprocessors * Of::query_blocks, key_places = multiprocessors * Of::key_blocks;
+    if constexpr (M <= 128) {
+      if (!need_omega && B * H * query_tiles > 0 && B * Hk * key_tiles > 0) {
+        using Whole = HeadLayout<M>;
+        const int64_t places = multiprocessors * Whole::blocks;
+        keys.share = static_cast<int>(key_tiles);
+        keys.blocks = 1;
+        walk(keys, places);
+        // In tiles: a block's beginning is worth 3, a head 1 beside its tiles, and as share_of has it apart.
+        const int64_t whole =
+            ceil_div(sets * keys.walkers, places) * (keys.taken * (args.groups * query_tiles + key_tiles + 1) + 3);
+        const int64_t apart =
+            time_of(share_of(query_tiles, B * H, query_places, 4), query_tiles, B * H, query_places, 4) +
+            time_of(share_of(key_tiles, B * Hk, key_places, 2), key_tiles, B * Hk, key_places, 2);
+        if (whole <= apart) {
+          run_blocks(head_gradient_kernel<T, M>, sets * keys.walkers, 1, Whole::threads, Whole::bytes, queries, keys);
+          return;
+        }
+      }
+    }
     int64_t count = 0;  // slots of a key head
     if (B * H * query_tiles > 0) {
       using Walk = OmegaLayout<M>;
       const bool together = need_omega && Walk::all;
-      args.share = share_of(query_tiles, B * H, multiprocessors * (together ? Walk::blocks : Of::query_blocks), 4);
-      args.blocks = ceil_div(query_tiles, args.share);
-      count = static_cast<int64_t>(args.groups) * args.blocks;
-      const int64_t slots = B * H * args.blocks, more = count > (need_omega ? 1 : 2) ? B * Hk : 0;
+      queries.share = share_of(query_tiles, B * H, together ? multiprocessors * Walk::blocks : query_places, 4);
+      queries.blocks = ceil_div(query_tiles, queries.share);
+      count = static_cast<int64_t>(queries.groups) * queries.blocks;
+      const int64_t slots = B * H * queries.blocks, more = count > (need_omega ? 1 : 2) ? B * Hk : 0;
       parts = new_empty(q, {slots + more, size}, ScalarType::Float);
-      args.x = rows_of<T>(op, q);
-      args.y = rows_of<T>(op, dout);
-      args.parts = static_cast<float*>(parts.mutable_data_ptr());
-      args.dx = static_cast<T*>(dq.mutable_data_ptr());
-      args.length = L;
-      args.heads = static_cast<int>(H);
+      queries.parts = static_cast<float*>(parts.mutable_data_ptr());
       if (need_omega) {
-        sums.queries = walk(query_omega, B * H, multiprocessors * Walk::blocks);
-        run_blocks(query_omega_kernel<T, M>, sets * args.walkers, 1, Walk::threads, Walk::bytes, args);
+        walk(queries, multiprocessors * Walk::blocks);
+        sums.queries = start_slots(queries, query_omega);
+        run_blocks(query_omega_kernel<T, M>, sets * queries.walkers, 1, Walk::threads, Walk::bytes, queries);
       }
       if (!together) {
-        run_blocks(query_gradient_kernel<T, M>, B * H * args.blocks, 1, Of::query_threads, Of::query_bytes, args);
+        run_blocks(query_gradient_kernel<T, M>, B * H * queries.blocks, 1, Of::query_threads, Of::query_bytes, queries);
       }
       overlaps = true;
       if (more > 0) {
-        const auto* from = reinterpret_cast<const float4*>(args.parts);
-        args.parts += slots * size;
+        const auto* from = reinterpret_cast<const float4*>(queries.parts);
+        queries.parts += slots * size;
         run_blocks(add_parts_kernel, ceil_div(more * (size / 4), 128), 1, 128, 0, from,
-                   reinterpret_cast<float4*>(args.parts), more, static_cast<int>(count), size / 4);
+                   reinterpret_cast<float4*>(queries.parts), more, static_cast<int>(count), size / 4);
         count = 1;
       }
     }
     if (B * Hk * key_tiles > 0) {
       constexpr int chunks = M / Of::features;
       const bool together = need_omega && chunks == 1;
-      args.share = share_of(key_tiles, B * Hk, multiprocessors * (together ? Of::omega_blocks : Of::key_blocks), 2);
-      args.blocks = ceil_div(key_tiles, args.share);
-      args.x = rows_of<T>(op, k);
-      args.y = rows_of<T>(op, v);
-      args.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-      args.dx = static_cast<T*>(dk.mutable_data_ptr());
-      args.dy = static_cast<T*>(dv.mutable_data_ptr());
-      args.length = S;
-      args.heads = static_cast<int>(Hk);
-      args.count = static_cast<int>(count);
+      keys.share = share_of(key_tiles, B * Hk, together ? multiprocessors * Of::omega_blocks : key_places, 2);
+      keys.blocks = ceil_div(key_tiles, keys.share);
+      keys.parts = queries.parts;
+      keys.count = static_cast<int>(count);
       if (!together) {
-        run_blocks(key_gradient_kernel<T, M>, B * Hk * args.blocks, 1, Of::key_threads, Of::key_bytes, args);
+        run_blocks(key_gradient_kernel<T, M>, B * Hk * keys.blocks, 1, Of::key_threads, Of::key_bytes, keys);
         overlaps = false;
       }
       if (need_omega) {
-        sums.keys = walk(key_omega, B * Hk, multiprocessors * Of::omega_blocks / chunks);
-        run_blocks(key_omega_kernel<T, M>, sets * args.walkers, chunks, Of::key_threads, Of::omega_bytes, args);
+        walk(keys, multiprocessors * Of::omega_blocks / chunks);
+        sums.keys = start_slots(keys, key_omega);
+        run_blocks(key_omega_kernel<T, M>, sets * keys.walkers, chunks, Of::key_threads, Of::omega_bytes, keys);
       }
     }
     if (need_omega && sets > 0) {
       if (bias && count > 0) {
-        sums.states = {args.parts, outer, B * Hk / (outer * sets)};
+        sums.states = {queries.parts, outer, B * Hk / (outer * sets)};
         sums.count = static_cast<int>(count);
       }
       sums.domega = static_cast<float*>(domega.mutable_data_ptr());
