@@ -83,13 +83,15 @@ struct OmegaLayout {
                                   4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + (all ? 4 * M : 0));
 };
 
-// Of whole heads.
-template <int M>
+// Of whole heads, with dW or without.
+template <int M, bool Omega>
 struct HeadLayout {
-  static constexpr int features = M, groups = 1, threads = 128;
-  static constexpr int stages = M > 64 ? 3 : 2, blocks = M > 64 ? 2 : 3;
+  static constexpr int groups = Omega && M > 64 ? 2 : 1, features = M / groups, threads = 128 * groups;
+  static constexpr int stages = M > 64 ? 3 : 2, blocks = (M > 64 ? 2 : 3) - Omega;
   static constexpr int matrix = M * width / 8, mean_parts = 2;
-  static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile + width);
+  static constexpr int halves = groups > 1 ? 2 * groups * 16 * 128 : 0, rows = groups > 1 ? groups * tile : 0;
+  static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile + width) +
+                                  (Omega ? 16 * (matrix + slab) + 4 * (halves + 2 * rows + 8) : 0);
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -407,6 +409,39 @@ __device__ __forceinline__ void start_products(float (&p)[R], float (&ds)[R], co
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// A thread's part of the sum for dW^T, 64 x F, divided by `common`, and the shared memory on the way there.
+template <typename T, int F>
+struct OmegaSum {
+  float sum[F / 2] = {};
+  float common = std::is_same_v<T, Half> ? 0.0f : 1.0f;
+  uint4 *gradients, *results;  // ds, as weights; dq
+  float* sizes;                // of each warp
+
+  __device__ __forceinline__ OmegaSum(uint4* gradients, uint4* results, float* sizes)
+      : gradients(gradients), results(results), sizes(sizes) {}
+
+  // Makes it relative to a number that may be larger.
+  __device__ __forceinline__ void grow(float largest) {
+#pragma unroll
+    for (float& x : sum) {
+      x *= common / largest;
+    }
+    common = largest;
+  }
+
+  __device__ __forceinline__ void store(float* part, int base, float scale) const {
+    store_features(part, base, sum, [&](float x) { return x * (scale * common); });
+  }
+};
+
+struct NoSum {  // where there is no dW
+  __device__ __forceinline__ NoSum() {}
+  __device__ __forceinline__ NoSum(uint4*, uint4*, float*) {}
+};
+
+template <typename Sum>
+constexpr bool sums_omega = !std::is_same_v<Sum, NoSum>;
+
 // What a block's queries share.
 template <typename T>
 struct QueryMemory {
@@ -418,12 +453,12 @@ struct QueryMemory {
   float* half_products;  // (groups, 16, 128)
 };
 
-// dq of a tile of which `count` rows are there, where q was and in memory; adds to dU^T, 64 x F, and in columns 0 and 1
+// dq of a tile of which `count` rows are there; adds to dU^T, 64 x F, and in columns 0 and 1
 // of dy to y of this warp's F / 4 features. Of::groups warpgroups have all rows, each F features.
-template <typename T, int M, typename Of, typename Next>
+template <typename T, int M, typename Of, typename Sum, typename Next>
 __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* tile_q, const uint4* tile_dout,
                                            int count, float scale, T* to, float (&dmeans)[Of::features / 2],
-                                           float (&dy)[Of::features / 64][4], Next&& start_next) {
+                                           float (&dy)[Of::features / 64][4], Sum& omega_sum, Next&& start_next) {
   constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr int F = Of::features;
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
@@ -504,6 +539,19 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     }
     size[0] = largest_of_four(size[0]);
     size[1] = largest_of_four(size[1]);
+    if constexpr (sums_omega<Sum>) {
+      float largest = fmaxf(size[0], size[1]);
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
+      }
+      if (lane == 0) {
+        omega_sum.sizes[threadIdx.x / 32] = largest;
+      }
+      if (Of::groups == 1) {
+        __syncthreads();
+      }
+    }
   }
   if constexpr (Of::groups > 1) {
     if (t == 0) {
@@ -527,20 +575,33 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     }
   }
   const float row_scale[2] = {1.0f / size[0], 1.0f / size[1]};
+  float common_scale = 1.0f;
+  if constexpr (is_half && sums_omega<Sum>) {  // the sum over rows is relative to the largest so far
+    float largest = omega_sum.common;
+#pragma unroll
+    for (int i = 0; i < 4 * Of::groups; ++i) {
+      largest = fmaxf(largest, omega_sum.sizes[i]);
+    }
+    omega_sum.grow(largest);
+    common_scale = 1.0f / largest;
+  }
   uint32_t fragments[F / 16][4];
 #pragma unroll
   for (int s = 0; s < F / 16; ++s) {
+    uint32_t shares[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float x[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        x[e] = w[8 * s + 2 * i + e] * (ds[8 * s + 2 * i + e] - delta[i % 2]);
-        if constexpr (is_half) {
-          x[e] *= row_scale[i % 2];
-        }
+      const float x0 = w[8 * s + 2 * i] * (ds[8 * s + 2 * i] - delta[i % 2]);
+      const float x1 = w[8 * s + 2 * i + 1] * (ds[8 * s + 2 * i + 1] - delta[i % 2]);
+      if constexpr (is_half) {
+        fragments[s][i] = pack<T>(x0 * row_scale[i % 2], x1 * row_scale[i % 2]);
+        shares[i] = pack<T>(x0 * common_scale, x1 * common_scale);
+      } else {
+        fragments[s][i] = shares[i] = pack<T>(x0, x1);
       }
-      fragments[s][i] = pack<T>(x[0], x[1]);
+    }
+    if constexpr (sums_omega<Sum>) {
+      store_matrices(omega_sum.gradients + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), shares);
     }
   }
   float dq[32];
@@ -550,7 +611,19 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     multiply<T, Inner::b>(dq, fragments[s], operand(shared.omega + base * 8 + s * 128), s > 0);
   }
   products_end();
-  __syncthreads();  // all deltas are there
+  if constexpr (sums_omega<Sum>) {
+    copies_visible();
+  }
+  __syncthreads();  // all deltas are there, and gradients
+  if constexpr (sums_omega<Sum>) {
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < tile / 16; ++s) {
+      multiply<T, Inner::both>(omega_sum.sum, operand(tile_q + s * 128),
+                               operand(omega_sum.gradients + base / 64 * slab + s * 128, 16 * slab), true);
+    }
+    products_end();
+  }
 #pragma unroll
   for (int s = 0; s < tile / 16; ++s) {
     // Columns of b other than 0 and 1 are zero.
@@ -565,8 +638,12 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
       multiply_warp<T>(dy[n], a, b0, b1);
     }
   }
-  products_wait(dq);
-  products_wait(dmeans);
+  products_wait<sums_omega<Sum>>(dq);
+  products_wait<sums_omega<Sum>>(dmeans);
+  uint4* results = tile_q;
+  if constexpr (sums_omega<Sum>) {
+    results = omega_sum.results;
+  }
   const float factor[2] = {scale * size[0], scale * size[1]};
   // Of two warpgroups with half a sum each, either finishes 32 columns.
   constexpr int columns = width / Of::groups;
@@ -593,10 +670,13 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     for (int i = 0; i < 4; ++i) {
       x[i] = pack<T>(y[8 * s + 2 * i] * factor[i % 2], y[8 * s + 2 * i + 1] * factor[i % 2]);
     }
-    store_matrices(tile_q + piece(named, group * 4 + s * 2 + half), x);
+    store_matrices(results + piece(named, group * 4 + s * 2 + half), x);
   }
   __syncwarp();
-  store_rows<columns / 8>(tile_q, warp * 16, group * 4, count, to);
+  store_rows<columns / 8>(results, warp * 16, group * 4, count, to);
+  if constexpr (sums_omega<Sum>) {
+    products_wait(omega_sum.sum);
+  }
 }
 
 #endif
@@ -661,8 +741,9 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
     __syncthreads();  // this stage is there, and everyone has left the one before
     const int64_t first = static_cast<int64_t>(i_tile) * tile;
     const int count = static_cast<int>(min(static_cast<int64_t>(tile), args.length - first));
+    NoSum none_summed;
     query_tile<T, M, Of>(shared, tile_q, tile_dout, count, args.scale,
-                         args.dx + (at.head * args.length + first) * width, dmeans, dy, start_next);
+                         args.dx + (at.head * args.length + first) * width, dmeans, dy, none_summed, start_next);
   }
 
   float* part = args.parts + static_cast<int64_t>(blockIdx.x) * (M * (width + 1));
@@ -1033,46 +1114,59 @@ __global__ void __launch_bounds__(128)
 struct KeyMemory {
   const uint4 *omega, *dmeans;  // rows of features
   const float *exponents, *dy;
+  float2* row_sums;      // (groups, tile)
+  float* half_products;  // (2, groups, 16, 128)
 };
 
-// dk and dv of a tile of which `count` rows are there, where k and v were and in memory. `square` is scale^2 where
-// exponents have -|x|^2 / 2, else 0; `back` undoes the scaling of float16.
-template <typename T, int M, int F, typename Next>
-__device__ __forceinline__ void key_tile(const KeyMemory& shared, uint4* tile_k, uint4* tile_v, int count,
+// dk and dv of a tile of which `count` rows are there. Each of Groups warpgroups has all rows and takes, one after
+// another, Count times F features from `base` on. `square` is scale^2 where exponents have -|x|^2 / 2, else 0; `back`
+// undoes the scaling of float16. Without Inputs, dW alone.
+template <typename T, int F, int Count, int Groups, bool Inputs, typename Sum, typename Next>
+__device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uint4* tile_k, uint4* tile_v, int count,
                                          const bool* mask, float scale, float square, float back, T* to_k, T* to_v,
-                                         Next&& start_next) {
-  constexpr bool is_half = std::is_same_v<T, Half>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+                                         Sum& omega_sum, Next&& start_next) {
+  constexpr bool is_half = std::is_same_v<T, Half>, omega = sums_omega<Sum>;
+  static_assert(!omega || Count == 1);
+  const int group = Groups > 1 ? threadIdx.x / 128 : 0;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
   const int named = warp * 16 + lane % 16, half = lane / 16;
   const float exponent = scale * log2e;
   float p[F / 2], ds[F / 2];
   const auto project = [&](int base) {
     start_products<T>(p, ds, tile_k, shared.omega + base * 8, tile_v, shared.dmeans + base * 8);
   };
-  project(0);
+  project(start);
   start_next();
   float norm[2];
   half_norms<T>(norm, tile_k, warp, g, t, square, count, mask);
+  float share = 1.0f;
+  if constexpr (is_half && omega) {
+    share = back / omega_sum.common;
+  }
   float dk[32], dv[32], sums[2] = {};
   uint32_t a[F / 16][4], fragments[F / 16][4];
 #pragma unroll
-  for (int base = 0; base < M; base += F) {
-    if (base > 0) {
+  for (int n = 0; n < Count; ++n) {
+    const int base = start + n * F;
+    if (n > 0) {
       products_wait(dk);
       products_wait(dv);
       project(base);
     }
     products_wait<1>(p);
     key_weights<T>(a, p, exponent, shared.exponents + base, norm, t);
-    products_begin();
+    if constexpr (Inputs) {
+      products_begin();
 #pragma unroll
-    for (int s = 0; s < F / 16; ++s) {
-      multiply<T, Inner::b>(dv, a[s], operand(shared.dmeans + base * 8 + s * 128), base > 0 || s > 0);
+      for (int s = 0; s < F / 16; ++s) {
+        multiply<T, Inner::b>(dv, a[s], operand(shared.dmeans + base * 8 + s * 128), n > 0 || s > 0);
+      }
+      products_end();
     }
-    products_end();
-    products_wait<1>(ds);
+    products_wait<Inputs>(ds);
 #pragma unroll
     for (int s = 0; s < F / 16; ++s) {
+      uint32_t shares[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 y = reinterpret_cast<const float2*>(shared.dy + base)[8 * s + i / 2 * 4 + t];
@@ -1080,48 +1174,105 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, uint4* tile_k,
         const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
         sums[i % 2] += x0 + x1;
         fragments[s][i] = pack<T>(x0, x1);
+        shares[i] = is_half ? pack<T>(x0 * share, x1 * share) : fragments[s][i];
+      }
+      if constexpr (omega) {
+        store_matrices(omega_sum.gradients + group * (F / 64) * slab + s / 4 * slab + piece(named, s % 4 * 2 + half),
+                       shares);
       }
     }
+    if constexpr (Inputs) {
+      products_begin();
+#pragma unroll
+      for (int s = 0; s < F / 16; ++s) {
+        multiply<T, Inner::b>(dk, fragments[s], operand(shared.omega + base * 8 + s * 128), n > 0 || s > 0);
+      }
+      products_end();
+    }
+  }
+  sums[0] = sum_of_four(sums[0]);
+  sums[1] = sum_of_four(sums[1]);
+  if constexpr (Groups > 1) {
+    products_wait<1>(dv);
+    products_wait(dk);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      shared.half_products[(group * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dv[16 + i] : dv[i];
+      shared.half_products[((2 + group) * 16 + i) * 128 + threadIdx.x % 128] = group == 0 ? dk[16 + i] : dk[i];
+    }
+    if (t == 0) {
+      shared.row_sums[group * tile + warp * 16 + g].x = sums[0];
+      shared.row_sums[group * tile + warp * 16 + g + 8].x = sums[1];
+    }
+  }
+  if constexpr (omega) {
+    copies_visible();
+  }
+  __syncthreads();  // all of ds is there, and no product before reads this stage any more
+  if constexpr (omega) {
     products_begin();
 #pragma unroll
-    for (int s = 0; s < F / 16; ++s) {
-      multiply<T, Inner::b>(dk, fragments[s], operand(shared.omega + base * 8 + s * 128), base > 0 || s > 0);
+    for (int s = 0; s < tile / 16; ++s) {
+      multiply<T, Inner::both>(omega_sum.sum, operand(tile_k + s * 128),
+                               operand(omega_sum.gradients + group * (F / 64) * slab + s * 128, 16 * slab), true);
     }
     products_end();
+    if constexpr (!Inputs) {
+      products_wait(omega_sum.sum);
+      return;
+    }
   }
-  __syncthreads();  // no product reads this stage any more
-  products_wait<1>(dv);
+  products_wait<1 + omega>(dv);
+  // Of two warpgroups with half a sum each, either finishes 32 columns.
+  constexpr int columns = width / Groups;
+  const auto whole = [&](const float (&x)[32], int n, int i) {
+    if constexpr (Groups > 1) {
+      return (group == 0 ? x[i] : x[16 + i]) +
+             shared.half_products[((2 * n + 1 - group) * 16 + i) * 128 + threadIdx.x % 128];
+    } else {
+      return x[i];
+    }
+  };
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {
+  for (int s = 0; s < columns / 16; ++s) {
     uint32_t x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
-                     : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
+      const float x0 = whole(dv, 0, 8 * s + 2 * i), x1 = whole(dv, 0, 8 * s + 2 * i + 1);
+      x[i] = is_half ? pack<T>(x0 * back, x1 * back) : pack<T>(x0, x1);
     }
-    store_matrices(tile_v + piece(named, s * 2 + half), x);
+    store_matrices(tile_v + piece(named, group * 4 + s * 2 + half), x);
   }
   __syncwarp();
-  store_rows<8>(tile_v, warp * 16, 0, count, to_v);
-  products_wait(dk);
+  store_rows<columns / 8>(tile_v, warp * 16, group * 4, count, to_v);
+  products_wait<omega>(dk);
   const float factor = scale * back;
-  sums[0] = sum_of_four(sums[0]) * (square * back);
-  sums[1] = sum_of_four(sums[1]) * (square * back);
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (Groups > 1) {
+      sums[r] += shared.row_sums[(1 - group) * tile + warp * 16 + g + 8 * r].x;
+    }
+    sums[r] *= square * back;
+  }
+  uint4* results = omega ? tile_v : tile_k;
+#pragma unroll
+  for (int s = 0; s < columns / 16; ++s) {
     uint32_t x[4];
-    load_matrices<false>(x, tile_k + piece(named, s * 2 + half));
+    load_matrices<false>(x, tile_k + piece(named, group * 4 + s * 2 + half));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 key = unpack<T>(x[i]);
-      x[i] = pack<T>(fmaf(dk[8 * s + 2 * i], factor, -key.x * sums[i % 2]),
-                     fmaf(dk[8 * s + 2 * i + 1], factor, -key.y * sums[i % 2]));
+      x[i] = pack<T>(fmaf(whole(dk, 1, 8 * s + 2 * i), factor, -key.x * sums[i % 2]),
+                     fmaf(whole(dk, 1, 8 * s + 2 * i + 1), factor, -key.y * sums[i % 2]));
     }
     __syncwarp();
-    store_matrices(tile_k + piece(named, s * 2 + half), x);
+    store_matrices(results + piece(named, group * 4 + s * 2 + half), x);
   }
   __syncwarp();
-  store_rows<8>(tile_k, warp * 16, 0, count, to_k);
+  store_rows<columns / 8>(results, warp * 16, group * 4, count, to_k);
+  if constexpr (omega) {
+    products_wait(omega_sum.sum);
+  }
 }
 
 #endif
@@ -1250,7 +1401,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
   }
 
   const float square = args.norm * args.scale * args.scale;
-  const KeyMemory shared{omega, dmeans, exponents, dy};
+  const KeyMemory shared{omega, dmeans, exponents, dy, nullptr, nullptr};
   for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
     uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
     stage = stage + 1 == Of::key_stages ? 0 : stage + 1;
@@ -1260,8 +1411,10 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
     copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
     const int64_t at_tile = (at.head * args.length + first) * width;
-    key_tile<T, M, F>(shared, tile_k, tile_v, count, mask == nullptr ? nullptr : mask + first, args.scale, square, back,
-                      args.dx + at_tile, args.dy + at_tile, start_next);
+    NoSum none_summed;
+    key_tile<T, F, M / F, 1, true>(shared, 0, tile_k, tile_v, count, mask == nullptr ? nullptr : mask + first,
+                                   args.scale, square, back, args.dx + at_tile, args.dy + at_tile, none_summed,
+                                   start_next);
   }
 #endif
 }
@@ -1288,7 +1441,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   const Units units(args);
   uint32_t unit_ahead = units.begin;
   Place ahead = units.place(args, unit_ahead);  // what is copied next
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int next_stage = 0, stage = 0;
   const auto start_next = [&] {
     if (ahead.begin < ahead.end) {
@@ -1326,15 +1479,14 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   wait_for_previous();  // which sums dU and r; k, v and omega are older
   start_part(units.begin);
 
-  const float exponent = args.scale * log2e, square = args.norm * args.scale * args.scale;
-  const int named = warp * 16 + lane % 16, half = lane / 16;
+  const float square = args.norm * args.scale * args.scale;
   const int base = inputs ? 0 : blockIdx.y * F;
-  float domega[F / 2] = {};              // dW^T, 64 x F
-  float common = is_half ? 0.0f : 1.0f;  // what the latter is divided by
+  const KeyMemory shared{omega, dmeans, exponents, dy, nullptr, nullptr};
+  OmegaSum<T, F> omega_sum(gradients, nullptr, nullptr);
   for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
     const Place at = units.place(args, n_unit);
     const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
-    float back = 1.0f, share = 1.0f;  // what undoes the scaling of float16
+    float back = 1.0f;  // what undoes the scaling of float16
     {
       constexpr int own = (M + threads - 1) / threads;  // features that this thread finishes, as above
       const auto feature = [](int n) { return (8 * n + threadIdx.x % 8) * 16 + threadIdx.x / 8; };
@@ -1402,13 +1554,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
     }
     start_part(n_unit + 1);
     if constexpr (is_half) {  // the sum over units is relative to the largest so far
-      const float most = fmaxf(common, back);
-#pragma unroll
-      for (float& x : domega) {
-        x *= common / most;
-      }
-      common = most;
-      share = back / most;
+      omega_sum.grow(fmaxf(omega_sum.common, back));
     }
     for (int i_tile = at.begin; i_tile < at.end; ++i_tile) {
       uint4 *tile_k = stages + stage * 2 * slab, *tile_v = tile_k + slab;
@@ -1418,103 +1564,18 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
       copies_wait<Of::key_stages - 2>();
       copies_visible();
       __syncthreads();  // this stage is there, and everyone has left the one before
-      float p[F / 2], ds[F / 2];
-      start_products<T>(p, ds, tile_k, omega + base * 8, tile_v, dmeans + base * 8);
-      start_next();
-      float norm[2];
-      half_norms<T>(norm, tile_k, warp, g, t, square, count, mask == nullptr ? nullptr : mask + first);
-      float dk[32], dv[32], sums[2] = {};
-      uint32_t a[F / 16][4], fragments[F / 16][4];
-      products_wait<1>(p);
-      key_weights<T>(a, p, exponent, exponents + base, norm, t);
-      if constexpr (inputs) {
-        products_begin();
-#pragma unroll
-        for (int s = 0; s < F / 16; ++s) {
-          multiply<T, Inner::b>(dv, a[s], operand(dmeans + base * 8 + s * 128), s > 0);
-        }
-        products_end();
-      }
-      products_wait<inputs ? 1 : 0>(ds);
-#pragma unroll
-      for (int s = 0; s < F / 16; ++s) {
-        uint32_t shares[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 y = reinterpret_cast<const float2*>(dy + base)[8 * s + i / 2 * 4 + t];
-          const float2 weight = unpack<T>(a[s][i]);
-          const float x0 = weight.x * (ds[8 * s + 2 * i] - y.x), x1 = weight.y * (ds[8 * s + 2 * i + 1] - y.y);
-          sums[i % 2] += x0 + x1;
-          fragments[s][i] = pack<T>(x0, x1);
-          shares[i] = is_half ? pack<T>(x0 * share, x1 * share) : fragments[s][i];
-        }
-        store_matrices(gradients + s / 4 * slab + piece(named, s % 4 * 2 + half), shares);
-      }
-      if constexpr (inputs) {
-        products_begin();
-#pragma unroll
-        for (int s = 0; s < F / 16; ++s) {
-          multiply<T, Inner::b>(dk, fragments[s], operand(omega + base * 8 + s * 128), s > 0);
-        }
-        products_end();
-      }
-      copies_visible();
-      __syncthreads();  // all of ds is there, and no product reads v any more
-      products_begin();
-#pragma unroll
-      for (int s = 0; s < tile / 16; ++s) {
-        multiply<T, Inner::both>(domega, operand(tile_k + s * 128), operand(gradients + s * 128, 16 * slab), true);
-      }
-      products_end();
-      if constexpr (!inputs) {
-        products_wait(domega);
-        continue;
-      }
-      products_wait<2>(dv);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = is_half ? pack<T>(dv[8 * s + 2 * i] * back, dv[8 * s + 2 * i + 1] * back)
-                         : pack<T>(dv[8 * s + 2 * i], dv[8 * s + 2 * i + 1]);
-        }
-        store_matrices(tile_v + piece(named, s * 2 + half), x);
-      }
-      __syncwarp();
-      store_rows<8>(tile_v, warp * 16, 0, count, args.dy + (at.head * args.length + first) * width);
-      products_wait<1>(dk);
-      const float factor = args.scale * back;
-      sums[0] = sum_of_four(sums[0]) * (square * back);
-      sums[1] = sum_of_four(sums[1]) * (square * back);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        uint32_t x[4];
-        load_matrices<false>(x, tile_k + piece(named, s * 2 + half));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 key = unpack<T>(x[i]);
-          x[i] = pack<T>(fmaf(dk[8 * s + 2 * i], factor, -key.x * sums[i % 2]),
-                         fmaf(dk[8 * s + 2 * i + 1], factor, -key.y * sums[i % 2]));
-        }
-        __syncwarp();
-        store_matrices(tile_v + piece(named, s * 2 + half), x);
-      }
-      __syncwarp();
-      store_rows<8>(tile_v, warp * 16, 0, count, args.dx + (at.head * args.length + first) * width);
-      products_wait(domega);
+      const int64_t at_tile = (at.head * args.length + first) * width;
+      key_tile<T, F, 1, 1, inputs>(shared, base, tile_k, tile_v, count, mask == nullptr ? nullptr : mask + first,
+                                   args.scale, square, back, args.dx + at_tile, args.dy + at_tile, omega_sum,
+                                   start_next);
     }
     __syncthreads();  // everyone has left dU and y
   }
-  float* part = args.omega_parts + (static_cast<int64_t>(blockIdx.x) * M + base) * width;
-#pragma unroll
-  for (int i = 0; i < F / 2; ++i) {
-    part[(i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = domega[i] * (args.scale * common);
-  }
+  omega_sum.store(args.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width), base, args.scale);
 #endif
 }
 
-// Slots of dW, (outer, sets, inner, M, D), of dU and r for the bias, (outer, sets, inner, M (V + 1)).
+// Slots of dW, (outer, sets, inner, M, D), and of r for the bias, (outer, sets, inner, count, step).
 struct OmegaSlots {
   const float* data;
   int64_t outer, inner;
@@ -1532,7 +1593,7 @@ struct OmegaSlots {
 template <int M>
 struct OmegaArgs {
   OmegaSlots queries, keys, states;
-  int count;              // slots of a key head
+  int count, step;        // slots of a key head, and numbers from one to the next
   float *domega, *dbias;  // (sets, M, D), (sets, M) or null
 };
 
@@ -1558,7 +1619,7 @@ __global__ void __launch_bounds__(256) add_omega_kernel(const OmegaArgs<M> args)
     float bias = 0.0f;
     args.states.each(set, sets, lane, lanes, [&](int64_t head) {
       for (int n = 0; n < args.count; ++n) {
-        bias += args.states.data[(head * args.count + n) * (M * (width + 1)) + M * width + f];
+        bias += args.states.data[(head * args.count + n) * args.step + f];
       }
     });
     bias_sums[lane] = bias;
@@ -1591,10 +1652,10 @@ __device__ __forceinline__ void prefetch(const void* from) {
 
 // Makes dU in 16 bits where U's first part is, and y of the same features: of (U dU_16 - U_16 dU) + sum_i w delta,
 // where U_16 is U less `common`. `dy` is the latter as query_tile leaves it, `sums` are 5 M + 8 numbers of shared
-// memory. Returns what undoes the scaling of float16.
+// memory. Where r is not null, stores r too. Returns what undoes the scaling of float16.
 template <typename T, int M, typename Of>
 __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, const float (&dmeans)[Of::features / 2],
-                                             const float (&dy)[Of::features / 64][4], float* sums, float* y) {
+                                             const float (&dy)[Of::features / 64][4], float* sums, float* y, float* r) {
   constexpr bool is_half = std::is_same_v<T, Half>;
   constexpr int F = Of::features;
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
@@ -1624,7 +1685,7 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
   };
   const auto sum_of = [&](int f) { return (sums[f] + sums[M + f]) + (sums[2 * M + f] + sums[3 * M + f]); };
   float factor = 1.0f, back = 1.0f;
-  if constexpr (is_half) {
+  if (is_half || r != nullptr) {
     float products[F / 4] = {}, top = 1e-30f;
 #pragma unroll
     for (int s = 0; s < F / 16; ++s) {
@@ -1640,22 +1701,30 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
     store_column_sums(products, sums + warp * M + base);
     __syncthreads();
     if (threadIdx.x < M) {
-      top = fmaxf(top, fabsf(sum_of(threadIdx.x) - of_queries[threadIdx.x]) / 16);  // r
+      const float x = sum_of(threadIdx.x) - of_queries[threadIdx.x];
+      top = fmaxf(top, fabsf(x) / 16);
+      if (r != nullptr) {
+        r[threadIdx.x] = x;
+      }
     }
+    if constexpr (is_half) {
 #pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-    }
-    if (lane == 0) {
-      largest[threadIdx.x / 32] = top;
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
+      }
+      if (lane == 0) {
+        largest[threadIdx.x / 32] = top;
+      }
     }
     __syncthreads();
+    if constexpr (is_half) {
 #pragma unroll
-    for (int i = 0; i < Of::threads / 32; ++i) {
-      top = fmaxf(top, largest[i]);
+      for (int i = 0; i < Of::threads / 32; ++i) {
+        top = fmaxf(top, largest[i]);
+      }
+      factor = 1.0f / top;
+      back = top * exp2f(-key_shift<T>);
     }
-    factor = 1.0f / top;
-    back = top * exp2f(-key_shift<T>);
   }
   float products[F / 4] = {};
 #pragma unroll
@@ -1685,21 +1754,27 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
 #endif
 
 // Queries and then keys of several key heads with the same projection, each without a trip of dU through memory.
-template <typename T, int M>
-__global__ void __launch_bounds__(HeadLayout<M>::threads, HeadLayout<M>::blocks)
+template <typename T, int M, bool Omega>
+__global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, Omega>::blocks)
     head_gradient_kernel(const Args<T> queries, const Args<T> keys) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Of = HeadLayout<M>;
+  using Of = HeadLayout<M, Omega>;
   constexpr int F = Of::features, threads = Of::threads;
+  const int base = Of::groups > 1 ? threadIdx.x / 128 * F : 0;
   extern __shared__ __align__(1024) uint4 memory[];
   uint4* omega = memory;                                 // rows of features
   uint4* means = omega + Of::matrix;                     // U and then dU, rows of features
   uint4* weights = means + Of::mean_parts * Of::matrix;  // w, rows of queries, a slab for 64 features
   uint4* stages = weights + Of::matrix;
-  float* exponents = reinterpret_cast<float*>(stages + Of::stages * 2 * slab);
-  T* deltas = reinterpret_cast<T*>(exponents + M);                // (2, tile)
-  float* common = reinterpret_cast<float*>(deltas + 2 * tile);    // what is taken off U
-  float *dy = reinterpret_cast<float*>(weights), *sums = dy + M;  // while there are no weights
+  uint4* gradients = stages + Of::stages * 2 * slab;      // with dW: ds, as weights
+  uint4* results = gradients + (Omega ? Of::matrix : 0);  // dq
+  float* exponents = reinterpret_cast<float*>(results + (Omega ? slab : 0));
+  T* deltas = reinterpret_cast<T*>(exponents + M);                           // (2, tile)
+  float* common = reinterpret_cast<float*>(deltas + 2 * tile);               // what is taken off U
+  float* half_products = common + width;                                     // (2, groups, 16, 128)
+  float2* row_sums = reinterpret_cast<float2*>(half_products + Of::halves);  // (groups, tile)
+  float* sizes = reinterpret_cast<float*>(row_sums + Of::rows);              // of each warp
+  float *dy = reinterpret_cast<float*>(weights), *sums = dy + M;             // while there are no weights
 
   const Units units(keys);
   const int groups = keys.groups;
@@ -1754,8 +1829,9 @@ __global__ void __launch_bounds__(HeadLayout<M>::threads, HeadLayout<M>::blocks)
     return rows;
   };
   const float square = keys.norm * keys.scale * keys.scale;
-  const QueryMemory<T> of_queries{omega, means, weights, exponents, deltas, nullptr, nullptr};
-  const KeyMemory of_keys{omega, means, exponents, dy};
+  const QueryMemory<T> of_queries{omega, means, weights, exponents, deltas, row_sums, half_products};
+  const KeyMemory of_keys{omega, means, exponents, dy, row_sums, half_products};
+  std::conditional_t<Omega, OmegaSum<T, F>, NoSum> omega_sum{gradients, results, sizes};
   for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
     const Place at = units.place(keys, n_unit);
     float key_exponent = none;  // of this thread's feature
@@ -1784,22 +1860,29 @@ __global__ void __launch_bounds__(HeadLayout<M>::threads, HeadLayout<M>::blocks)
       for (int i_tile = 0; i_tile < query_tiles; ++i_tile, to += tile * width) {
         uint4* rows = next_tile();
         query_tile<T, M, Of>(of_queries, rows, rows + slab, count_of(queries, i_tile), queries.scale, to, dmeans,
-                             of_deltas, start_next);
+                             of_deltas, omega_sum, start_next);
       }
     }
     __syncthreads();  // everyone has left U and the weights
     if (threadIdx.x < M) {
       exponents[threadIdx.x] = key_exponent;
     }
-    const float back = take_dmeans<T, M, Of>(means, common, dmeans, of_deltas, sums, dy);
+    float* r = Omega && keys.parts != nullptr ? keys.parts + at.head * M : nullptr;
+    const float back = take_dmeans<T, M, Of>(means, common, dmeans, of_deltas, sums, dy, r);
+    if constexpr (Omega && std::is_same_v<T, Half>) {  // the sum over heads is relative to the largest so far
+      omega_sum.grow(fmaxf(omega_sum.common, back));
+    }
     for (int i_tile = 0; i_tile < key_tiles; ++i_tile) {
       uint4* rows = next_tile();
       const int64_t first = static_cast<int64_t>(i_tile) * tile, to = (at.head * keys.length + first) * width;
       const bool* mask = keys.mask == nullptr ? nullptr : keys.mask + at.i_b * keys.length + first;
-      key_tile<T, M, F>(of_keys, rows, rows + slab, count_of(keys, i_tile), mask, keys.scale, square, back,
-                        keys.dx + to, keys.dy + to, start_next);
+      key_tile<T, F, 1, Of::groups, true>(of_keys, base, rows, rows + slab, count_of(keys, i_tile), mask, keys.scale,
+                                          square, back, keys.dx + to, keys.dy + to, omega_sum, start_next);
     }
     __syncthreads();  // everyone has left dU and y
+  }
+  if constexpr (Omega) {
+    omega_sum.store(keys.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width), base, keys.scale);
   }
 #endif
 }
@@ -1948,23 +2031,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       return OmegaSlots{args.omega_parts, 1, args.walkers};
     };
     const int64_t query_places = multiprocessors * Of::query_blocks, key_places = multiprocessors * Of::key_blocks;
-    if constexpr (M <= 128) {
-      if (!need_omega && B * H * query_tiles > 0 && B * Hk * key_tiles > 0) {
-        using Whole = HeadLayout<M>;
-        const int64_t places = multiprocessors * Whole::blocks;
-        keys.share = static_cast<int>(key_tiles);
-        keys.blocks = 1;
-        walk(keys, places);
-        // In tiles: a block's beginning is worth 3, a head 1 beside its tiles, and as share_of has it apart.
-        const int64_t whole =
-            ceil_div(sets * keys.walkers, places) * (keys.taken * (args.groups * query_tiles + key_tiles + 1) + 3);
-        const int64_t apart =
-            time_of(share_of(query_tiles, B * H, query_places, 4), query_tiles, B * H, query_places, 4) +
-            time_of(share_of(key_tiles, B * Hk, key_places, 2), key_tiles, B * Hk, key_places, 2);
-        if (whole <= apart) {
-          run_blocks(head_gradient_kernel<T, M>, sets * keys.walkers, 1, Whole::threads, Whole::bytes, queries, keys);
-          return;
+    const auto add_slots = [&](const float* r, int64_t count, int step) {
+      if (bias && count > 0) {
+        sums.states = {r, outer, B * Hk / (outer * sets)};
+        sums.count = static_cast<int>(count);
+        sums.step = step;
+      }
+      sums.domega = static_cast<float*>(domega.mutable_data_ptr());
+      sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+      overlaps = false;
+      run_blocks(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
+    };
+    const auto try_whole = [&](auto with_omega) {
+      constexpr bool omega = with_omega;
+      using Whole = HeadLayout<M, omega>;
+      const int64_t places = multiprocessors * Whole::blocks;
+      keys.share = static_cast<int>(key_tiles);
+      keys.blocks = 1;
+      walk(keys, places);
+      // How long it takes, in tiles: a block's beginning is worth 3 and a head 1, two warpgroups need two thirds for
+      // each. Apart, as share_of has it; with dW about the same.
+      const int64_t whole = ceil_div(sets * keys.walkers, places) *
+                            (keys.taken * (keys.groups * query_tiles + key_tiles + 1) + 3) * 2 / (1 + Whole::groups);
+      const int64_t apart =
+          time_of(share_of(query_tiles, B * H, query_places, 4), query_tiles, B * H, query_places, 4) +
+          time_of(share_of(key_tiles, B * Hk, key_places, 2), key_tiles, B * Hk, key_places, 2);
+      if (whole > apart) {
+        return false;
+      }
+      if constexpr (omega) {
+        sums.keys = start_slots(keys, key_omega);
+        if (bias) {
+          parts = new_empty(q, {B * Hk, M}, ScalarType::Float);
+          keys.parts = static_cast<float*>(parts.mutable_data_ptr());
         }
+      }
+      run_blocks(head_gradient_kernel<T, M, omega>, sets * keys.walkers, 1, Whole::threads, Whole::bytes, queries,
+                 keys);
+      if constexpr (omega) {
+        add_slots(keys.parts, 1, M);
+      }
+      return true;
+    };
+    if constexpr (M <= 128) {
+      if (B * H * query_tiles > 0 && B * Hk * key_tiles > 0 &&
+          (need_omega ? try_whole(std::true_type{}) : try_whole(std::false_type{}))) {
+        return;
       }
     }
     int64_t count = 0;  // slots of a key head
@@ -2012,14 +2124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       }
     }
     if (need_omega && sets > 0) {
-      if (bias && count > 0) {
-        sums.states = {queries.parts, outer, B * Hk / (outer * sets)};
-        sums.count = static_cast<int>(count);
-      }
-      sums.domega = static_cast<float*>(domega.mutable_data_ptr());
-      sums.dbias = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
-      overlaps = false;
-      run_blocks(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
+      add_slots(queries.parts + M * width, count, size);
     }
   };
   const auto with_features = [&](auto zero) {
