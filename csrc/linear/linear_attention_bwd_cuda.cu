@@ -414,6 +414,7 @@ template <typename T, int F>
 struct OmegaSum {
   float sum[F / 2] = {};
   float common = std::is_same_v<T, Half> ? 0.0f : 1.0f;
+  float of_rows[F / 4] = {};   // a head's r, as far as it comes from this thread's rows
   uint4 *gradients, *results;  // ds, as weights; dq
   float* sizes;                // of each warp
 
@@ -453,8 +454,9 @@ struct QueryMemory {
   float* half_products;  // (groups, 16, 128)
 };
 
-// dq of a tile of which `count` rows are there; adds to dU^T, 64 x F, and in columns 0 and 1
-// of dy to y of this warp's F / 4 features. Of::groups warpgroups have all rows, each F features.
+// dq of a tile of which `count` rows are there; adds to dU^T, 64 x F, and to r: with dW in
+// omega_sum, else in columns 0 and 1 of dy what is to be taken off U dU, of this warp's F / 4 features. Of::groups
+// warpgroups have all rows, each F features.
 template <typename T, int M, typename Of, typename Sum, typename Next>
 __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* tile_q, const uint4* tile_dout,
                                            int count, float scale, T* to, float (&dmeans)[Of::features / 2],
@@ -566,7 +568,7 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
       size[r] = fmaxf(size[r], other.y);
     }
   }
-  if (group == 0 && t == 0) {
+  if (!sums_omega<Sum> && group == 0 && t == 0) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const T high = static_cast<T>(delta[r]);
@@ -601,6 +603,10 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
       }
     }
     if constexpr (sums_omega<Sum>) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        omega_sum.of_rows[4 * s + i / 4 * 2 + i % 2] += w[8 * s + i] * (ds[8 * s + i] - delta[i / 2 % 2]);
+      }
       store_matrices(omega_sum.gradients + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), shares);
     }
   }
@@ -623,19 +629,20 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
                                operand(omega_sum.gradients + base / 64 * slab + s * 128, 16 * slab), true);
     }
     products_end();
-  }
+  } else {
 #pragma unroll
-  for (int s = 0; s < tile / 16; ++s) {
-    // Columns of b other than 0 and 1 are zero.
-    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(shared.deltas) + g % 2 * (tile / 2) + s * 8 + t;
-    const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
+    for (int s = 0; s < tile / 16; ++s) {
+      // Columns of b other than 0 and 1 are zero.
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(shared.deltas) + g % 2 * (tile / 2) + s * 8 + t;
+      const uint32_t b0 = g < 2 ? pairs[0] : 0, b1 = g < 2 ? pairs[4] : 0;
 #pragma unroll
-    for (int n = 0; n < F / 64; ++n) {
-      const int f = base + warp * (F / 4) + n * 16;
-      uint32_t a[4];
-      load_matrices<true>(
-          a, shared.weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
-      multiply_warp<T>(dy[n], a, b0, b1);
+      for (int n = 0; n < F / 64; ++n) {
+        const int f = base + warp * (F / 4) + n * 16;
+        uint32_t a[4];
+        load_matrices<true>(
+            a, shared.weights + f / 64 * slab + piece(s * 16 + half * 8 + lane % 8, f % 64 / 8 + lane / 8 % 2));
+        multiply_warp<T>(dy[n], a, b0, b1);
+      }
     }
   }
   products_wait<sums_omega<Sum>>(dq);
@@ -1650,20 +1657,27 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// Makes dU in 16 bits where U's first part is, and y of the same features: of (U dU_16 - U_16 dU) + sum_i w delta,
-// where U_16 is U less `common`. `dy` is the latter as query_tile leaves it, `sums` are 5 M + 8 numbers of shared
-// memory. Where r is not null, stores r too. Returns what undoes the scaling of float16.
-template <typename T, int M, typename Of>
+// Makes dU in 16 bits where U's first part is, and y = U dU_16 - r of the same features, where r = U_16 dU - sum_i w
+// delta, U_16 is U less `common`, and the sum is what query_tile leaves in dy; with dW, r is there. `sums` are 8 M + 8
+// numbers of shared memory. Stores r where that is not null. Returns what undoes the scaling of float16.
+template <typename T, int M, typename Of, typename Sum>
 __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, const float (&dmeans)[Of::features / 2],
-                                             const float (&dy)[Of::features / 64][4], float* sums, float* y, float* r) {
-  constexpr bool is_half = std::is_same_v<T, Half>;
+                                             const float (&dy)[Of::features / 64][4], Sum& omega_sum, float* sums,
+                                             float* y, float* r) {
+  constexpr bool is_half = std::is_same_v<T, Half>, omega = sums_omega<Sum>;
   constexpr int F = Of::features;
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
   uint4* own = means + piece(base + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);  // a step of 16 rows keeps it
   const float middle[2] = {common[warp * 16 + g], common[warp * 16 + g + 8]};
-  float *of_queries = sums + 4 * M, *largest = of_queries + M;
-  if (t == 0) {
+  float *of_queries = sums + 4 * M, *largest = of_queries + 4 * M;
+  if constexpr (omega) {
+    store_column_sums(omega_sum.of_rows, of_queries + warp * M + base);
+#pragma unroll
+    for (float& x : omega_sum.of_rows) {
+      x = 0.0f;
+    }
+  } else if (t == 0) {
 #pragma unroll
     for (int n = 0; n < F / 64; ++n) {
       const int f = base + warp * (F / 4) + n * 16 + g;
@@ -1671,82 +1685,78 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
       of_queries[f + 8] = dy[n][2] + dy[n][3];
     }
   }
-  // U's elements where dU's of 16 features are.
-  const auto load_means = [&](float (&u)[8], int s) {
+  const auto sum_of = [](const float* x) {
+    return (x[threadIdx.x] + x[M + threadIdx.x]) + (x[2 * M + threadIdx.x] + x[3 * M + threadIdx.x]);
+  };
+  // r, or without dW r less U_16 dU.
+  const auto r_of_queries = [&] { return omega ? sum_of(of_queries) : -of_queries[threadIdx.x]; };
+  // Calls f for an element of dU that this thread holds and of U, and for the number of its column of the thread's.
+  const auto each_pair = [&](int s, auto&& f) {
     uint32_t a[4], b[4];
     load_matrices<true>(a, own + s * 128);
     load_matrices<true>(b, own + s * 128 + Of::matrix);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 high = unpack<T>(a[i]), low = unpack<T>(b[i]);
-      u[2 * i] = high.x + low.x;
-      u[2 * i + 1] = high.y + low.y;
+      f(i, 4 * s + i / 2 * 2, dmeans[8 * s + 2 * i], dmeans[8 * s + 2 * i + 1], high.x + low.x, high.y + low.y);
     }
   };
-  const auto sum_of = [&](int f) { return (sums[f] + sums[M + f]) + (sums[2 * M + f] + sums[3 * M + f]); };
   float factor = 1.0f, back = 1.0f;
-  if (is_half || r != nullptr) {
+  if constexpr (is_half) {
     float products[F / 4] = {}, top = 1e-30f;
 #pragma unroll
     for (int s = 0; s < F / 16; ++s) {
-      float u[8];
-      load_means(u, s);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float x = dmeans[8 * s + i];
-        products[4 * s + i / 4 * 2 + i % 2] += u[i] * x;
-        top = fmaxf(top, fabsf(x));
-      }
+      each_pair(s, [&](int, int column, float x0, float x1, float u0, float u1) {
+        top = fmaxf(top, fmaxf(fabsf(x0), fabsf(x1)));
+        products[column] += u0 * x0;
+        products[column + 1] += u1 * x1;
+      });
     }
-    store_column_sums(products, sums + warp * M + base);
+    if constexpr (!omega) {
+      store_column_sums(products, sums + warp * M + base);
+    }
     __syncthreads();
     if (threadIdx.x < M) {
-      const float x = sum_of(threadIdx.x) - of_queries[threadIdx.x];
-      top = fmaxf(top, fabsf(x) / 16);
-      if (r != nullptr) {
-        r[threadIdx.x] = x;
-      }
+      top = fmaxf(top, fabsf(r_of_queries() + (omega ? 0.0f : sum_of(sums))) / 16);
     }
-    if constexpr (is_half) {
 #pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-      }
-      if (lane == 0) {
-        largest[threadIdx.x / 32] = top;
-      }
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
+    }
+    if (lane == 0) {
+      largest[threadIdx.x / 32] = top;
     }
     __syncthreads();
-    if constexpr (is_half) {
 #pragma unroll
-      for (int i = 0; i < Of::threads / 32; ++i) {
-        top = fmaxf(top, largest[i]);
-      }
-      factor = 1.0f / top;
-      back = top * exp2f(-key_shift<T>);
+    for (int i = 0; i < Of::threads / 32; ++i) {
+      top = fmaxf(top, largest[i]);
     }
+    factor = 1.0f / top;
+    back = top * exp2f(-key_shift<T>);
   }
   float products[F / 4] = {};
 #pragma unroll
   for (int s = 0; s < F / 16; ++s) {
-    float u[8];
-    load_means(u, s);
     uint32_t x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float x0 = dmeans[8 * s + 2 * i] * factor, x1 = dmeans[8 * s + 2 * i + 1] * factor;
+    each_pair(s, [&](int i, int column, float x0, float x1, float u0, float u1) {
+      x0 *= factor;
+      x1 *= factor;
       x[i] = pack<T>(x0, x1);
       const float2 rounded = unpack<T>(x[i]);
-      products[4 * s + i / 2 * 2] += u[2 * i] * (rounded.x - x0) + middle[i % 2] * rounded.x;
-      products[4 * s + i / 2 * 2 + 1] += u[2 * i + 1] * (rounded.y - x1) + middle[i % 2] * rounded.y;
-    }
+      products[column] += u0 * (rounded.x - (omega ? 0.0f : x0)) + middle[i % 2] * rounded.x;
+      products[column + 1] += u1 * (rounded.y - (omega ? 0.0f : x1)) + middle[i % 2] * rounded.y;
+    });
     __syncwarp();
     store_matrices<true>(own + s * 128, x);
   }
   store_column_sums(products, sums + warp * M + base);
   __syncthreads();
   if (threadIdx.x < M) {
-    y[threadIdx.x] = sum_of(threadIdx.x) + of_queries[threadIdx.x] * factor;
+    const float x = r_of_queries();
+    y[threadIdx.x] = sum_of(sums) - x * factor;
+    if (omega && r != nullptr) {
+      r[threadIdx.x] = x;
+    }
   }
   return back;
 }
@@ -1868,7 +1878,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, O
       exponents[threadIdx.x] = key_exponent;
     }
     float* r = Omega && keys.parts != nullptr ? keys.parts + at.head * M : nullptr;
-    const float back = take_dmeans<T, M, Of>(means, common, dmeans, of_deltas, sums, dy, r);
+    const float back = take_dmeans<T, M, Of>(means, common, dmeans, of_deltas, omega_sum, sums, dy, r);
     if constexpr (Omega && std::is_same_v<T, Half>) {  // the sum over heads is relative to the largest so far
       omega_sum.grow(fmaxf(omega_sum.common, back));
     }
