@@ -127,14 +127,13 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 // All threads of a warpgroup change how many registers each has; more come when others have left them.
-template <int Count>
-__device__ __forceinline__ void take_fewer_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
-}
-
-template <int Count>
-__device__ __forceinline__ void take_more_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+template <int From, int To>
+__device__ __forceinline__ void change_registers() {
+  if constexpr (To > From) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(To));
+  } else if constexpr (To < From) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(To));
+  }
 }
 
 // Stores four matrices of 8 rows of 16 bytes: lane l gives the shared address of row l % 8 of number l / 8, and lane

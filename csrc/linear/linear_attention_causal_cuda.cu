@@ -25,9 +25,9 @@ struct Plan {
   static constexpr int key_threads = 128 * key_groups, threads = key_threads + 128 * query_groups;
   static constexpr int blocks = M == 64 ? 2 : 1;        // of a multiprocessor
   static constexpr int parts = M / (64 * key_groups);   // of 64 features, of a warpgroup for keys
-  static constexpr int query_part = M == 64 ? 64 : 128;  // features that a warpgroup for queries has at once
-  // Registers of a thread where not all have the same: 128 on average.
-  static constexpr int key_registers = M == 128 ? 120 : 0, query_registers = M == 128 ? 136 : 0;
+  static constexpr int query_part = M == 128 ? 128 : 64;  // features that a warpgroup for queries has at once
+  static constexpr int registers = M == 256 ? 168 : 128;  // of a thread, at first and on average
+  static constexpr int key_registers = M == 64 ? 128 : M == 128 ? 120 : 184, query_registers = M == 64 ? 128 : 136;
   static constexpr int rows = 64;                // tokens of a tile
   static constexpr int matrix = rows * pieces;   // in units of 16 bytes, as all of these
   static constexpr int features = M * pieces;    // omega
@@ -654,18 +654,14 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   wait_for_previous();
   __syncthreads();
   if (is_key) {
-    if constexpr (Of::key_registers > 0) {
-      take_fewer_registers<Of::key_registers>();
-    }
+    change_registers<Of::registers, Of::key_registers>();
     if (count > 1) {
       ahead.next(args);
       inside = Keys<Of, T>::start(args, ahead, memory.k + Of::matrix, memory.v + Of::matrix);
     }
     walk_keys<Of>(args, memory, tile, ahead, inside, count, share, query == 0);
   } else {
-    if constexpr (Of::query_registers > 0) {
-      take_more_registers<Of::query_registers>();
-    }
+    change_registers<Of::registers, Of::query_registers>();
     walk_queries<Of>(args, memory, tile, ahead, count, query);
   }
 #endif
