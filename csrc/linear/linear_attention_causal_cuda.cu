@@ -27,7 +27,7 @@ struct Plan {
   static constexpr int parts = M / (64 * key_groups);   // of 64 features, of a warpgroup for keys
   static constexpr int query_part = M == 128 ? 128 : 64;  // features that a warpgroup for queries has at once
   static constexpr int registers = M == 256 ? 168 : 128;  // of a thread, at first and on average
-  static constexpr int key_registers = M == 64 ? 128 : M == 128 ? 120 : 184, query_registers = M == 64 ? 128 : 136;
+  static constexpr int key_registers = M == 128 ? 120 : registers, query_registers = M == 128 ? 136 : registers;
   static constexpr int rows = 64;                // tokens of a tile
   static constexpr int matrix = rows * pieces;   // in units of 16 bytes, as all of these
   static constexpr int features = M * pieces;    // omega
@@ -36,7 +36,7 @@ struct Plan {
   static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
   static constexpr int values = M == 64 ? 4 : M == 128 ? 5 : 3;
   static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
-  static constexpr int floats = 2 * M * items + stages * rows;
+  static constexpr int floats = 2 * M * items + M + stages * rows;
   static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
 };
@@ -46,7 +46,7 @@ struct Plan {
 template <typename Of>
 struct Memory {
   uint4 *omega, *items, *k, *v, *q;
-  float *exponents, *z, *key_bias;
+  float *exponents, *z, *bias, *key_bias;
   int2* ranges;
   uint64_t *full, *read;  // an item is there; it is no longer needed
   uint64_t* left;         // values are no longer needed by queries
@@ -59,7 +59,8 @@ struct Memory {
         q(v + Of::values * Of::matrix),
         exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::stages * Of::matrix)),
         z(exponents + Of::items * Of::M),
-        key_bias(z + Of::items * Of::M),
+        bias(z + Of::items * Of::M),
+        key_bias(bias + Of::M),
         ranges(reinterpret_cast<int2*>(key_bias + Of::stages * Of::rows)),
         full(reinterpret_cast<uint64_t*>(ranges + Of::items)),
         read(full + Of::items),
@@ -213,7 +214,7 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
 }
 
 template <int M, typename T>
-__device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float (&bias)[2],
+__device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float* bias,
                                             const float (&kv)[32], const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -225,7 +226,7 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
     }
     if (t == 0) {
       args.z[row] = z[i];
-      args.log_scale[row] = (c[i] + bias[i]) * ln2;
+      args.log_scale[row] = (c[i] + bias[8 * i]) * ln2;
     }
   }
 }
@@ -298,7 +299,8 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), row = first_row();
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
   const uint64_t of_omega = operand(memory.omega + features * pieces);
-  float kv[Of::parts][32], z[Of::parts][2], c[Of::parts][2], bias[Of::parts][2];
+  float* own_bias = memory.bias + features + row;  // no other thread's
+  float kv[Of::parts][32], z[Of::parts][2], c[Of::parts][2];
   float s[32];  // features x keys
   const auto project = [&](int part, int i) {
     const uint64_t of_k = operand(memory.k + i % Of::stages * Of::matrix);
@@ -330,9 +332,12 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     for (int part = 0; part < Of::parts; ++part) {
       if (end - begin == Of::rows && (i == 0 || tile.first == 0)) {
         const int feature = features + 64 * part + row;
-        bias[part][0] = feature_bias(args, tile.h, feature);
-        bias[part][1] = feature_bias(args, tile.h, feature + 8);
-        load_state<Of::M>(args, tile, share, feature, bias[part], kv[part], z[part], c[part]);
+        const float bias[2] = {feature_bias(args, tile.h, feature), feature_bias(args, tile.h, feature + 8)};
+        load_state<Of::M>(args, tile, share, feature, bias, kv[part], z[part], c[part]);
+        if (t == 0) {
+          own_bias[64 * part] = bias[0];
+          own_bias[64 * part + 8] = bias[1];
+        }
       }
     }
     float next[Of::parts][2];
@@ -391,7 +396,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int at = slot * Of::M + features + 64 * part + row + 8 * n;
-          memory.exponents[at] = c[part][n] + 2 * bias[part][n];  // the bias counts for keys and for queries
+          memory.exponents[at] = c[part][n] + 2 * own_bias[64 * part + 8 * n];  // the bias counts for keys and for queries
           memory.z[at] = z[part][n];
         }
       }
@@ -438,7 +443,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     if (stores && tile.is_last(args)) {
 #pragma unroll
       for (int part = 0; part < Of::parts; ++part) {
-        store_state<Of::M>(args, tile, features + 64 * part + row, bias[part], kv[part], z[part], c[part]);
+        store_state<Of::M>(args, tile, features + 64 * part + row, own_bias + 64 * part, kv[part], z[part], c[part]);
       }
     }
     tile.next(args);
@@ -457,7 +462,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   }
 }
 
-// Rows [x, y) of a tile, of all features; `tile_q` are its queries. Calls `release` when the item is no longer needed.
+// Rows [x, y) of a tile, of all features. Calls `release` with y when the item is no longer needed.
 template <typename Of, typename T, typename Release>
 __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>& memory, const uint4* q, const uint4* v,
                                           int item, T* out, int rows, Release&& release) {
@@ -468,7 +473,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
                  of_keys = operand(memory.items + slot * Of::item), of_state = further(of_keys, 16 * Of::features);
   float a[32], y[32];  // queries x keys, and rows
   float top[2] = {masked, masked}, total[2] = {0, 0};
-#pragma unroll
+#pragma unroll 1
   for (int from = 0; from < Of::M; from += part) {
     float p[part / 2];  // queries x features
     if (from > 0) {
@@ -721,14 +726,15 @@ __global__ void __launch_bounds__(128) add_before_kernel(const Args<T> args) {
 
 }  // namespace
 
-// Shares take half as long again for their keys, with twice the blocks of a multiprocessor, and two launches take as
-// long as 5 tiles.
+// In units of the time that a block takes for a tile: a block's start and end take as long as 2 of them, shares 3/5 of
+// the time again for their keys (with 64 features all of it), and two launches as long as 5 tiles.
 template <int M>
 int causal_shares(int64_t heads, int64_t queries, int64_t L, int64_t key_tiles, int64_t multiprocessors) {
-  const int64_t resident = multiprocessors * Plan<M>::blocks, tiles = ceil_div(L, 64);
+  const int64_t resident = multiprocessors * Plan<M>::blocks, tiles = ceil_div(L, 64) + 2;
   const int64_t shares = std::min(std::max(resident / queries, int64_t{1}), heads * key_tiles);
-  const bool one = 2 * tiles * shares <= 5 * tiles * heads + 10 * shares;
-  return static_cast<int>(one || shares <= heads ? heads : shares);
+  const int64_t rounds = ceil_div(heads * queries, resident), fifths = M == 64 ? 10 : 8;
+  const bool one = 5 * rounds * tiles * shares <= fifths * heads * tiles + 35 * shares;
+  return static_cast<int>(one || queries > resident ? heads : shares);
 }
 
 template <typename T, int M>
