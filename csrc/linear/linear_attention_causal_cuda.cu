@@ -34,7 +34,7 @@ struct Plan {
   static constexpr int item = 2 * features;      // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
   static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
-  static constexpr int values = M == 64 ? 4 : M == 128 ? 5 : 3;
+  static constexpr int values = query_groups + 2;
   static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
   static constexpr int floats = 2 * M * items + M + stages * rows;
   static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values);
@@ -292,10 +292,12 @@ __device__ __forceinline__ void change_projection(const Args<T>& args, const Mem
   }
 }
 
-// The warpgroups for keys. The copies of tiles 0 and 1 have been started, and what queries wait for is there.
+// The warpgroups for keys. What the first tile needs is there.
 template <typename Of, typename T>
-__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Tile tile, Tile ahead,
-                                          uint32_t inside, int count, int share, bool stores) {
+__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Tile tile, int count, int share,
+                                          bool stores) {
+  Tile ahead = tile;
+  uint32_t inside = 0;
   const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), row = first_row();
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
   const uint64_t of_omega = operand(memory.omega + features * pieces);
@@ -327,10 +329,18 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       }
     };
     project(0, i);
+    const bool is_first = end - begin == Of::rows;  // of this tile
+    if (is_first && i + 1 < count) {
+      const int next = i + 1;
+      barrier_wait(memory.left + next % Of::values, (next / Of::values + 1) % 2);
+      ahead.next(args);
+      inside = Keys<Of, T>::start(args, ahead, memory.k + next % Of::stages * Of::matrix,
+                                  memory.v + next % Of::values * Of::matrix);
+    }
     products_wait(s);
 #pragma unroll
     for (int part = 0; part < Of::parts; ++part) {
-      if (end - begin == Of::rows && (i == 0 || tile.first == 0)) {
+      if (is_first && (i == 0 || tile.first == 0)) {
         const int feature = features + 64 * part + row;
         const float bias[2] = {feature_bias(args, tile.h, feature), feature_bias(args, tile.h, feature + 8)};
         load_state<Of::M>(args, tile, share, feature, bias, kv[part], z[part], c[part]);
@@ -451,21 +461,15 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     if (++i < count) {
       change_projection(args, memory, tile);
       barrier_sync<1, Of::key_threads>();  // this tile is there, and everyone has left the keys before
-      if (i + 1 < count) {
-        const int next = i + 1;
-        ahead.next(args);
-        barrier_wait(memory.left + next % Of::values, (next / Of::values + 1) % 2);
-        inside = Keys<Of, T>::start(args, ahead, memory.k + next % Of::stages * Of::matrix,
-                                    memory.v + next % Of::values * Of::matrix);
-      }
     }
   }
 }
 
-// Rows [x, y) of a tile, of all features. Calls `release` with y when the item is no longer needed.
-template <typename Of, typename T, typename Release>
+// Rows [x, y) of a tile, of all features. Calls `release` with y when the item is no longer needed,
+// `meanwhile` while the first products are under way.
+template <typename Of, typename T, typename Meanwhile, typename Release>
 __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>& memory, const uint4* q, const uint4* v,
-                                          int item, T* out, int rows, Release&& release) {
+                                          int item, T* out, int rows, Meanwhile&& meanwhile, Release&& release) {
   constexpr int part = Of::query_part;
   constexpr uint32_t row_bytes = 16 * pieces;
   const int slot = item % Of::items, t = threadIdx.x % 4, row = first_row();
@@ -487,6 +491,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     }
     products_end();
     if (from == 0) {
+      meanwhile();
       barrier_wait(memory.full + slot, item / Of::items % 2);
     }
     products_wait(p);
@@ -588,16 +593,20 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
       } else {
         barrier_sync<3, 128>();
       }
-      if (i + Of::query_groups < count) {
+      bool starts = i + Of::query_groups < count;
+      const auto start = [&] {
+        if (starts) {
 #pragma unroll
-        for (int n = 0; n < Of::query_groups; ++n) {
-          ahead.next(args);
+          for (int n = 0; n < Of::query_groups; ++n) {
+            ahead.next(args);
+          }
+          start_queries<Of>(args, ahead, query, ring + (i / Of::query_groups + 1) % Of::stages * Of::matrix);
+          starts = false;
         }
-        start_queries<Of>(args, ahead, query, ring + (i / Of::query_groups + 1) % Of::stages * Of::matrix);
-      }
+      };
       T* out = args.out + ((static_cast<int64_t>(tile.head(args)) * args.queries + query) * args.L + tile.first) * width;
       for (int end = 0; end < Of::rows; ++item) {
-        make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first,
+        make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first, start,
                       [&](int rows) {
                         end = rows;
                         arrive(memory.read + item % Of::items);
@@ -660,11 +669,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   __syncthreads();
   if (is_key) {
     change_registers<Of::registers, Of::key_registers>();
-    if (count > 1) {
-      ahead.next(args);
-      inside = Keys<Of, T>::start(args, ahead, memory.k + Of::matrix, memory.v + Of::matrix);
-    }
-    walk_keys<Of>(args, memory, tile, ahead, inside, count, share, query == 0);
+    walk_keys<Of>(args, memory, tile, count, share, query == 0);
   } else {
     change_registers<Of::registers, Of::query_registers>();
     walk_queries<Of>(args, memory, tile, ahead, count, query);
