@@ -97,11 +97,10 @@ __device__ __forceinline__ void barrier_sync() {
 template <int Number, int Threads>
 __device__ __forceinline__ bool barrier_or(bool x) {
   uint32_t any;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
-      : "=r"(any)
-      : "r"(static_cast<uint32_t>(x)), "n"(Number), "n"(Threads)
-      : "memory");
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(any)
+               : "r"(static_cast<uint32_t>(x)), "n"(Number), "n"(Threads)
+               : "memory");
   return any != 0;
 }
 
@@ -118,12 +117,12 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t is_over;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(is_over)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(is_over)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
   } while (is_over == 0);
+  __syncwarp();
 }
 
 // All threads of a warpgroup change how many registers each has; more come when others have left them.

@@ -4,8 +4,8 @@
 
 // Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64, with
 // warpgroups for keys and others for queries, one tile behind. Those for keys divide the features: each keeps the sums
-// over the keys so far of its own in registers, and leaves in shared memory, as an item, what a tile's queries need: the
-// features of the tile's keys and the sums over the keys before. Those for queries take tiles in turn, with all
+// over the keys so far of its own in registers, and leaves in shared memory, as an item, what a tile's queries need:
+// the features of the tile's keys and the sums over the keys before. Those for queries take tiles in turn, with all
 // features, and make rows. Items and values are rings, with barriers in shared memory.
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
@@ -23,15 +23,15 @@ struct Plan {
   static constexpr int M = Features;
   static constexpr int key_groups = M == 64 ? 1 : 2, query_groups = M == 128 ? 2 : 1;  // warpgroups
   static constexpr int key_threads = 128 * key_groups, threads = key_threads + 128 * query_groups;
-  static constexpr int blocks = M == 64 ? 2 : 1;        // of a multiprocessor
-  static constexpr int parts = M / (64 * key_groups);   // of 64 features, of a warpgroup for keys
+  static constexpr int blocks = M == 64 ? 2 : 1;          // of a multiprocessor
+  static constexpr int parts = M / (64 * key_groups);     // of 64 features, of a warpgroup for keys
   static constexpr int query_part = M == 128 ? 128 : 64;  // features that a warpgroup for queries has at once
   static constexpr int registers = M == 256 ? 168 : 128;  // of a thread, at first and on average
-  static constexpr int key_registers = M == 128 ? 120 : registers, query_registers = M == 128 ? 136 : registers;
-  static constexpr int rows = 64;                // tokens of a tile
-  static constexpr int matrix = rows * pieces;   // in units of 16 bytes, as all of these
-  static constexpr int features = M * pieces;    // omega
-  static constexpr int item = 2 * features;      // keys' features and the sums before them
+  static constexpr int key_registers = M == 256 ? 168 : 120, query_registers = M == 256 ? 168 : 136;
+  static constexpr int rows = 64;               // tokens of a tile
+  static constexpr int matrix = rows * pieces;  // in units of 16 bytes, as all of these
+  static constexpr int features = M * pieces;   // omega
+  static constexpr int item = 2 * features;     // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
   static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
   static constexpr int values = query_groups + 2;
@@ -294,8 +294,8 @@ __device__ __forceinline__ void change_projection(const Args<T>& args, const Mem
 
 // The warpgroups for keys. What the first tile needs is there.
 template <typename Of, typename T>
-__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Tile tile, int count, int share,
-                                          bool stores) {
+__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Tile tile, int count,
+                                          int share, bool stores) {
   Tile ahead = tile;
   uint32_t inside = 0;
   const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), row = first_row();
@@ -315,7 +315,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   };
   for (int i = 0, item = 0, begin = 0, end = Of::rows; i < count;) {
     const float* key_bias = memory.key_bias + i % Of::stages * Of::rows;
-    const auto add = [&](float(&next)[2]) {
+    const auto add = [&](float (&next)[2]) {
       next[0] = next[1] = masked;
       add_exponents(s, args.scale, key_bias, next);
       if (end - begin < Of::rows) {
@@ -406,14 +406,16 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int at = slot * Of::M + features + 64 * part + row + 8 * n;
-          memory.exponents[at] = c[part][n] + 2 * own_bias[64 * part + 8 * n];  // the bias counts for keys and for queries
+          memory.exponents[at] =
+              c[part][n] + 2 * own_bias[64 * part + 8 * n];  // the bias counts for keys and for queries
           memory.z[at] = z[part][n];
         }
       }
       float total[2] = {0, 0};
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const float x = exp2_approximate(s[2 * n] - c[part][n % 2]), y = exp2_approximate(s[2 * n + 1] - c[part][n % 2]);
+        const float x = exp2_approximate(s[2 * n] - c[part][n % 2]),
+                    y = exp2_approximate(s[2 * n + 1] - c[part][n % 2]);
         total[n % 2] += x + y;
         weights[n / 4][n % 4] = pack<T>(x, y);
       }
@@ -604,7 +606,8 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
           starts = false;
         }
       };
-      T* out = args.out + ((static_cast<int64_t>(tile.head(args)) * args.queries + query) * args.L + tile.first) * width;
+      T* out =
+          args.out + ((static_cast<int64_t>(tile.head(args)) * args.queries + query) * args.L + tile.first) * width;
       for (int end = 0; end < Of::rows; ++item) {
         make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first, start,
                       [&](int rows) {
