@@ -105,13 +105,26 @@ struct Tile {
   }
 };
 
-// Starts to copy a tile's keys and values. Which of this thread's rows have a key that takes part: bit n for row i + n
-// step, of which it has piece u.
+// Copies of a share's keys and values, tile by tile; a thread has piece u of every step-th row from row i on.
 template <typename Of, typename T>
 struct Keys {
   static constexpr int step = Of::key_threads / pieces, count = Of::rows / step;
 
-  static __device__ __forceinline__ uint32_t start(const Args<T>& args, const Tile& tile, uint4* k, uint4* v) {
+  Tile tile;
+  const T *k, *v;
+
+  __device__ __forceinline__ Keys(const Args<T>& args, const Tile& tile) : tile(tile) {
+    find(args);
+  }
+
+  __device__ __forceinline__ void find(const Args<T>& args) {
+    const int row = tile.first + threadIdx.x / pieces, u = threadIdx.x % pieces;
+    k = args.k.at(tile.b, tile.h) + row * args.k.l + u * 8;
+    v = args.v.at(tile.b, tile.h) + row * args.v.l + u * 8;
+  }
+
+  // Which of this thread's rows have a key that takes part: bit n for row i + n step.
+  __device__ __forceinline__ uint32_t start(const Args<T>& args, uint4* to_k, uint4* to_v) {
     const int i = threadIdx.x / pieces, u = threadIdx.x % pieces;
     uint32_t inside = ~0u;
     if (tile.first + Of::rows > args.L || args.mask != nullptr) {
@@ -121,9 +134,16 @@ struct Keys {
         inside |= takes_part(args, tile.b, tile.first + i + n * step) ? 1u << n : 0u;
       }
     }
-    copy(args.k.at(tile.b, tile.h) + (tile.first + i) * args.k.l + u * 8, args.k.l, k + piece(i, u), inside);
-    copy(args.v.at(tile.b, tile.h) + (tile.first + i) * args.v.l + u * 8, args.v.l, v + piece(i, u), inside);
+    copy(k, args.k.l, to_k + piece(i, u), inside);
+    copy(v, args.v.l, to_v + piece(i, u), inside);
     copies_end();
+    tile.next(args);
+    if (tile.first == 0) {
+      find(args);
+    } else {
+      k += Of::rows * args.k.l;
+      v += Of::rows * args.v.l;
+    }
     return inside;
   }
 
@@ -294,9 +314,8 @@ __device__ __forceinline__ void change_projection(const Args<T>& args, const Mem
 
 // The warpgroups for keys. What the first tile needs is there.
 template <typename Of, typename T>
-__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Tile tile, int count,
-                                          int share, bool stores) {
-  Tile ahead = tile;
+__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Keys<Of, T> keys, Tile tile,
+                                          int count, int share, bool stores) {
   uint32_t inside = 0;
   const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), row = first_row();
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
@@ -333,9 +352,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     if (is_first && i + 1 < count) {
       const int next = i + 1;
       barrier_wait(memory.left + next % Of::values, (next / Of::values + 1) % 2);
-      ahead.next(args);
-      inside = Keys<Of, T>::start(args, ahead, memory.k + next % Of::stages * Of::matrix,
-                                  memory.v + next % Of::values * Of::matrix);
+      inside = keys.start(args, memory.k + next % Of::stages * Of::matrix, memory.v + next % Of::values * Of::matrix);
     }
     products_wait(s);
 #pragma unroll
@@ -645,13 +662,14 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   const int of_head = max((args.L + Of::rows - 1) / Of::rows, 1);
   const int count = (end.head(args) - tile.head(args)) * of_head + (end.first - tile.first) / Of::rows;
   Tile ahead = tile;
+  Keys<Of, T> keys(args, tile);
   const bool is_key = threadIdx.x < Of::key_threads;
   uint32_t inside = 0;
   if (threadIdx.x == 0) {
     prepare_barriers(memory);
   }
   if (is_key) {
-    inside = Keys<Of, T>::start(args, tile, memory.k, memory.v);
+    inside = keys.start(args, memory.k, memory.v);
   } else {
     const int group = (threadIdx.x - Of::key_threads) / 128;
     for (int n = 0; n < group; ++n) {
@@ -672,7 +690,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   __syncthreads();
   if (is_key) {
     change_registers<Of::registers, Of::key_registers>();
-    walk_keys<Of>(args, memory, tile, count, share, query == 0);
+    walk_keys<Of>(args, memory, keys, tile, count, share, query == 0);
   } else {
     change_registers<Of::registers, Of::query_registers>();
     walk_queries<Of>(args, memory, tile, ahead, count, query);
