@@ -38,7 +38,8 @@ struct Plan {
   static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
   static constexpr int floats = 2 * M * items + M + stages * rows;
   static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values);
-  static_assert(blocks * (bytes + 1024) <= 228 * 1024);
+  static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
+  static_assert(128 * (key_groups * key_registers + query_groups * query_registers) <= threads * registers);
 };
 
 // What a row of omega adds to exponents with a tile's keys, and the sums of its weights before them, are those of an
