@@ -39,11 +39,12 @@ struct Plan {
   static constexpr int floats = 2 * M * items + M + stages * rows;
   static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
+  static_assert(64 * parts * key_groups == M && M % query_part == 0);
   static_assert(128 * (key_groups * key_registers + query_groups * query_registers) <= threads * registers);
 };
 
-// What a row of omega adds to exponents with a tile's keys, and the sums of its weights before them, are those of an
-// item; so are the rows [x, y) that it is for.
+// An item also has what features add to queries' exponents, the sums of their weights before it, and the rows [x, y) of
+// the tile that it is for.
 template <typename Of>
 struct Memory {
   uint4 *omega, *items, *k, *v, *q;
@@ -485,8 +486,8 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   }
 }
 
-// Rows [x, y) of a tile, of all features. Calls `release` with y when the item is no longer needed,
-// `meanwhile` while the first products are under way.
+// An item's rows, of all features. Calls `meanwhile` while the first products are under way, and `release` with the end
+// of the rows when the item is no longer needed.
 template <typename Of, typename T, typename Meanwhile, typename Release>
 __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>& memory, const uint4* q, const uint4* v,
                                           int item, T* out, int rows, Meanwhile&& meanwhile, Release&& release) {
