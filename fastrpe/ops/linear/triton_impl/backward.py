@@ -932,4 +932,5 @@ def sum_heads(
         total = [x.unflatten(1, (p.Hk, -1)).sum((0, 2, 3)) for x in parts]
     else:
         total = [x.sum((0, 1, 2)) for x in parts]
-    return functools.reduce(torch.add, total)
+    y: Tensor = functools.reduce(torch.add, total)
+    return y

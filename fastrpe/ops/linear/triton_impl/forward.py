@@ -417,8 +417,8 @@ def linear_attention(
     q, k, v = rows(q), rows(k), rows(v)
     p = plan(q, k, v, omega, kind, scale, bias, eps, normalize, mask)
     if short:
-        out = short_attention(p, q, k, v)
-        return out, *(out.new_empty(0, dtype=torch.float32) for _ in range(3))
+        kv, z, log_scale = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+        return short_attention(p, q, k, v), kv, z, log_scale
     start = state(kv, z, log_scale)
     out = q.new_empty(p.B, p.H, p.L, p.V)
     with on_device(q):
