@@ -12,10 +12,10 @@
 // queries attend over features, 64 rows to a warpgroup, with the mean value of each feature and the logarithm of its
 // weight.
 //
-// Three kernels, each of which may begin while whatever is before it ends: one for the keys of all heads, as many tiles to
-// a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one for
-// the queries of all heads, divided in the same way. Short heads take one kernel with a block for each.
-// Exponents are in base 2.
+// Three kernels, each of which may begin while whatever is before it ends: one for the keys of all heads, as many tiles
+// to a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one
+// for the queries of all heads, divided in the same way. Short heads take one kernel with a block for each. Exponents
+// are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {
