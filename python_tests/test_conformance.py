@@ -89,7 +89,7 @@ def op_arguments(case: Case, arguments: Arguments, backend: str) -> tuple[Any, t
     if arguments.get("k", op) is None:
         arguments = arguments | dict(k=arguments["q"][:, :0])
     parameters = inspect.signature(getattr(fastrpe.ops, case.op)).parameters
-    values = {n: p.default for n, p in parameters.items()} | arguments | dict(backend=backend)
+    values = {n: p.default for n, p in parameters.items()} | arguments | dict(backend=backend, need_state=True)
     if "scale" in values and values["scale"] is None:  # which the public functions resolve
         values["scale"] = 0.7
     return op, tuple(values.get(a.name) for a in op._schema.arguments)  # a state, which is several, is None

@@ -88,6 +88,53 @@ __device__ __forceinline__ void warpgroup_sync() {
   }
 }
 
+// Barrier Number, from 1 on, for Threads threads of a block; whether any of them has x.
+template <int Number, int Threads>
+__device__ __forceinline__ void barrier_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(Number), "n"(Threads) : "memory");
+}
+
+template <int Number, int Threads>
+__device__ __forceinline__ bool barrier_or(bool x) {
+  uint32_t any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(any)
+               : "r"(static_cast<uint32_t>(x)), "n"(Number), "n"(Threads)
+               : "memory");
+  return any != 0;
+}
+
+// A barrier in shared memory, whose phases, numbered from 0 on, each end with the arrival number `count`. What threads
+// did before they arrived is seen after the wait for a phase of that parity; of the phase before the first one, too.
+__device__ __forceinline__ void barrier_prepare(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t is_over;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(is_over)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (is_over == 0);
+  __syncwarp();
+}
+
+// All threads of a warpgroup change how many registers each has; more come when others have left them.
+template <int From, int To>
+__device__ __forceinline__ void change_registers() {
+  if constexpr (To > From) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(To));
+  } else if constexpr (To < From) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(To));
+  }
+}
+
 // Stores four matrices of 8 rows of 16 bytes: lane l gives the shared address of row l % 8 of number l / 8, and lane
 // (g, t) = (lane / 4, lane % 4) holds bytes 4 t and on of row g of each.
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {

@@ -17,9 +17,9 @@ template <typename T>
 struct Args {
   Rows<T> q, k, v;
   Projection projection;
-  const float* bias;  // (M,) or (Hk, M), or null
-  const bool* mask;   // (B, S), or null
-  T* out;             // (B, H, L, V)
+  const float* bias;                   // (M,) or (Hk, M), or null
+  const bool* mask;                    // (B, S), or null
+  T* out;                              // (B, H, L, V)
   float *kv, *z, *log_scale;           // the state behind the last key, or null
   const float *kv0, *z0, *log_scale0;  // the state before the first key, or null
   // With three kernels: the sums of keys, logarithms to base 2, of block i and head j in slot i + j, and what queries

@@ -2,13 +2,15 @@
 
 #include "linear_attention.cuh"
 
-// Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64, with a
-// warpgroup for each 64 features: it keeps their sums over the keys so far in registers, and makes rows as if there
-// were no other features; what the warpgroups have of a row, each relative to its own largest exponent, is then added.
+// Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64, with
+// warpgroups for keys and others for queries, one tile behind. Those for keys divide the features: each keeps the sums
+// over the keys so far of its own in registers, and leaves in shared memory, as an item, what a tile's queries need:
+// the features of the tile's keys and the sums over the keys before. Those for queries take tiles in turn, with all
+// features, and make rows. Items and values are rings, with barriers in shared memory.
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
-// that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile is walked in
-// parts, of which one row is always right.
+// that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
+// items, parts of which one row is always right.
 //
 // With few heads, their tokens are divided among blocks: a kernel sums the keys of each share, a second one the shares
 // before each. Exponents are in base 2.
@@ -19,39 +21,72 @@ namespace {
 template <int Features>
 struct Plan {
   static constexpr int M = Features;
-  static constexpr int threads = 2 * M;
-  static constexpr int groups = M / 64;                          // warpgroups
-  static constexpr int blocks = M == 64 ? 3 : M == 128 ? 2 : 1;  // of a multiprocessor
-  static constexpr int rows = 64;                                // tokens of a tile
-  static constexpr int matrix = rows * pieces;                   // in units of 16 bytes, as all of these
-  static constexpr int features = M * pieces;                    // omega
-  static constexpr int stage = 3 * matrix;                       // q, k and v
-  static constexpr int stages = 2;
-  static constexpr int work = 2 * matrix;  // of a warpgroup: keys' features and their sums, then 64 x 64 in float32
-  static constexpr int floats = rows + 2 * M + 2 * groups * rows;
-  static constexpr size_t bytes = 16 * (features + stages * stage + groups * work) + sizeof(float) * floats;
-  static_assert(blocks * (bytes + 1024) <= 228 * 1024);
+  static constexpr int key_groups = M == 64 ? 1 : 2, query_groups = M == 128 ? 2 : 1;  // warpgroups
+  static constexpr int key_threads = 128 * key_groups, threads = key_threads + 128 * query_groups;
+  static constexpr int blocks = M == 64 ? 2 : 1;          // of a multiprocessor
+  static constexpr int parts = M / (64 * key_groups);     // of 64 features, of a warpgroup for keys
+  static constexpr int query_part = M == 128 ? 128 : 64;  // features that a warpgroup for queries has at once
+  static constexpr int registers = M == 256 ? 168 : 128;  // of a thread, at first and on average
+  static constexpr int key_registers = M == 256 ? 168 : 120, query_registers = M == 256 ? 168 : 136;
+  static constexpr int rows = 64;               // tokens of a tile
+  static constexpr int matrix = rows * pieces;  // in units of 16 bytes, as all of these
+  static constexpr int features = M * pieces;   // omega
+  static constexpr int item = 2 * features;     // keys' features and the sums before them
+  static constexpr int items = query_groups + 1;
+  static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
+  static constexpr int values = query_groups + 2;
+  static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
+  static constexpr int floats = 2 * M * items + M + stages * rows;
+  static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values);
+  static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
+  static_assert(64 * parts * key_groups == M && M % query_part == 0);
+  static_assert(128 * (key_groups * key_registers + query_groups * query_registers) <= threads * registers);
 };
 
+// An item also has what features add to queries' exponents, the sums of their weights before it, and the rows [x, y) of
+// the tile that it is for.
 template <typename Of>
 struct Memory {
-  uint4 *omega, *stages, *work;
-  float *key_bias, *exponents, *z;
-  float2* rows;  // of each warpgroup: a row's largest exponent, and the sum of its weights
+  uint4 *omega, *items, *k, *v, *q;
+  float *exponents, *z, *bias, *key_bias;
+  int2* ranges;
+  uint64_t *full, *read;  // an item is there; it is no longer needed
+  uint64_t* left;         // values are no longer needed by queries
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
-        stages(omega + Of::features),
-        work(stages + Of::stages * Of::stage),
-        key_bias(reinterpret_cast<float*>(work + Of::groups * Of::work)),
-        exponents(key_bias + Of::rows),
-        z(exponents + Of::M),
-        rows(reinterpret_cast<float2*>(z + Of::M)) {}
+        items(omega + Of::features),
+        k(items + Of::items * Of::item),
+        v(k + Of::stages * Of::matrix),
+        q(v + Of::values * Of::matrix),
+        exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::stages * Of::matrix)),
+        z(exponents + Of::items * Of::M),
+        bias(z + Of::items * Of::M),
+        key_bias(bias + Of::M),
+        ranges(reinterpret_cast<int2*>(key_bias + Of::stages * Of::rows)),
+        full(reinterpret_cast<uint64_t*>(ranges + Of::items)),
+        read(full + Of::items),
+        left(read + Of::items) {}
 };
 
-// A tile, which begins with token `first` of a key head.
+// A tile, which begins with token `first` of key head h of batch b.
 struct Tile {
-  int head, first;
+  int b, h, first;
+
+  // Where share n of the tiles of all heads begins.
+  template <typename T>
+  __device__ __forceinline__ Tile(const Args<T>& args, int n) {
+    const int at = static_cast<int>(static_cast<int64_t>(args.heads) * args.key_tiles * n / args.key_blocks);
+    const int head = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.key_tiles);
+    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
+    h = head - b * args.Hk;
+    first = (at - head * args.key_tiles) * args.key_tile;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ int head(const Args<T>& args) const {
+    return b * args.Hk + h;
+  }
 
   template <typename T>
   __device__ __forceinline__ bool is_last(const Args<T>& args) const {
@@ -59,72 +94,62 @@ struct Tile {
   }
 
   template <typename T>
-  __device__ __forceinline__ int key_head(const Args<T>& args) const {
-    return static_cast<uint32_t>(head) % static_cast<uint32_t>(args.Hk);
+  __device__ __forceinline__ void next(const Args<T>& args) {
+    if (!is_last(args)) {
+      first += 64;
+      return;
+    }
+    first = 0;
+    if (++h == args.Hk) {
+      h = 0;
+      ++b;
+    }
   }
 };
 
-// Where share n of the tiles of all heads begins.
-template <typename T>
-__device__ __forceinline__ Tile begin_of(const Args<T>& args, int n) {
-  const int at = static_cast<int>(static_cast<int64_t>(args.heads) * args.key_tiles * n / args.key_blocks);
-  const int head = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.key_tiles);
-  return {head, (at - head * args.key_tiles) * args.key_tile};
-}
-
-// Copies of a share's tiles, in order; a thread has piece u of every step-th row from row i on.
+// Copies of a share's keys and values, tile by tile; a thread has piece u of every step-th row from row i on.
 template <typename Of, typename T>
-struct Copies {
-  static constexpr int step = Of::threads / pieces, count = Of::rows / step;
+struct Keys {
+  static constexpr int step = Of::key_threads / pieces, count = Of::rows / step;
 
   Tile tile;
-  const T *q, *k, *v;
+  const T *k, *v;
 
-  __device__ __forceinline__ Copies(const Args<T>& args, const Tile& tile, int query) : tile(tile) {
-    find(args, query);
+  __device__ __forceinline__ Keys(const Args<T>& args, const Tile& tile) : tile(tile) {
+    find(args);
   }
 
-  __device__ __forceinline__ void find(const Args<T>& args, int query) {
-    const int h = tile.key_head(args), b = static_cast<uint32_t>(tile.head) / static_cast<uint32_t>(args.Hk);
+  __device__ __forceinline__ void find(const Args<T>& args) {
     const int row = tile.first + threadIdx.x / pieces, u = threadIdx.x % pieces;
-    q = args.q.at(b, static_cast<int64_t>(h) * args.queries + query) + row * args.q.l + u * 8;
-    k = args.k.at(b, h) + row * args.k.l + u * 8;
-    v = args.v.at(b, h) + row * args.v.l + u * 8;
+    k = args.k.at(tile.b, tile.h) + row * args.k.l + u * 8;
+    v = args.v.at(tile.b, tile.h) + row * args.v.l + u * 8;
   }
 
-  __device__ __forceinline__ void next(const Args<T>& args, int query) {
-    if (tile.is_last(args)) {
-      tile = {tile.head + 1, 0};
-      find(args, query);
+  // Which of this thread's rows have a key that takes part: bit n for row i + n step.
+  __device__ __forceinline__ uint32_t start(const Args<T>& args, uint4* to_k, uint4* to_v) {
+    const int i = threadIdx.x / pieces, u = threadIdx.x % pieces;
+    uint32_t inside = ~0u;
+    if (tile.first + Of::rows > args.L || args.mask != nullptr) {
+      inside = 0;
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        inside |= takes_part(args, tile.b, tile.first + i + n * step) ? 1u << n : 0u;
+      }
+    }
+    copy(k, args.k.l, to_k + piece(i, u), inside);
+    copy(v, args.v.l, to_v + piece(i, u), inside);
+    copies_end();
+    tile.next(args);
+    if (tile.first == 0) {
+      find(args);
     } else {
-      tile.first += Of::rows;
-      q += Of::rows * args.q.l;
       k += Of::rows * args.k.l;
       v += Of::rows * args.v.l;
     }
+    return inside;
   }
 
-  // Which of this thread's rows have a key that takes part: bit n for that of row i + n step.
-  __device__ __forceinline__ uint32_t start(const Args<T>& args, uint4* to) const {
-    const int i = threadIdx.x / pieces;
-    uint32_t rows = ~0u, keys = ~0u;
-    if (tile.first + Of::rows > args.L || args.mask != nullptr) {
-      const int b = static_cast<uint32_t>(tile.head) / static_cast<uint32_t>(args.Hk);
-      rows = keys = 0;
-#pragma unroll
-      for (int n = 0; n < count; ++n) {
-        const int token = tile.first + i + n * step;
-        rows |= token < args.L ? 1u << n : 0u;
-        keys |= takes_part(args, b, token) ? 1u << n : 0u;
-      }
-    }
-    to += piece(i, threadIdx.x % pieces);  // a step of 8 rows keeps the swizzle
-    copy(k, args.k.l, to + Of::matrix, keys);
-    copy(q, args.q.l, to, rows);
-    copy(v, args.v.l, to + 2 * Of::matrix, keys);
-    return keys;
-  }
-
+  // A step of 8 rows keeps the swizzle.
   static __device__ __forceinline__ void copy(const T* from, int64_t stride, uint4* to, uint32_t inside) {
 #pragma unroll
     for (int n = 0; n < count; ++n) {
@@ -133,10 +158,17 @@ struct Copies {
   }
 };
 
+template <typename Of, typename T>
+__device__ __forceinline__ void start_queries(const Args<T>& args, const Tile& tile, int query, uint4* to) {
+  const T* from = args.q.at(tile.b, static_cast<int64_t>(tile.h) * args.queries + query);
+  fetch<128, Of::rows>(from, args.q.l, tile.first, to, [&](int row) { return row < args.L; });
+  copies_end();
+}
+
 // The exponents that keys add to their projections; a thread looks at what it has copied itself.
 template <typename Of, typename T>
 __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, uint32_t inside, float* to) {
-  using Copy = Copies<Of, T>;
+  using Copy = Keys<Of, T>;
   const int i = threadIdx.x / pieces, u = threadIdx.x % pieces;
 #pragma unroll
   for (int n = 0; n < Copy::count; ++n) {
@@ -183,7 +215,7 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
   const float *from_kv = is_part ? args.part_kv : args.kv0, *from_z = is_part ? args.part_z : args.z0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = (static_cast<int64_t>(tile.head) + (is_part ? share : 0)) * M + feature + 8 * i;
+    const int64_t row = (static_cast<int64_t>(tile.head(args)) + (is_part ? share : 0)) * M + feature + 8 * i;
     z[i] = from_kv == nullptr ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
@@ -204,19 +236,19 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
 }
 
 template <int M, typename T>
-__device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float (&bias)[2],
+__device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float* bias,
                                             const float (&kv)[32], const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = static_cast<int64_t>(tile.head) * M + feature + 8 * i;
+    const int64_t row = static_cast<int64_t>(tile.head(args)) * M + feature + 8 * i;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       *reinterpret_cast<float2*>(args.kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i], kv[4 * j + 2 * i + 1]};
     }
     if (t == 0) {
       args.z[row] = z[i];
-      args.log_scale[row] = (c[i] + bias[i]) * ln2;
+      args.log_scale[row] = (c[i] + bias[8 * i]) * ln2;
     }
   }
 }
@@ -249,151 +281,259 @@ __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2]
   return next[0] > seen[0] + reach || next[1] > seen[1] + reach;
 }
 
-// Where 16 bytes of a row of 64 x 64 values in float32 lie, the first or the second of piece u: neither those that a
-// warp stores nor those that it loads share banks.
-__device__ __forceinline__ int part(int row, int u, int second) {
-  return (2 * row + second) * pieces + (u ^ row % 8 ^ 4 * second);
-}
-
-// The rows of all features from those of each warpgroup's.
-template <typename Of, typename T>
-__device__ __forceinline__ void store_rows(const Args<T>& args, const Memory<Of>& memory, const Tile& tile, int query,
-                                           int begin, int end) {
-  T* out = args.out + ((static_cast<int64_t>(tile.head) * args.queries + query) * args.L + tile.first) * width;
-  end = min(end, args.L - tile.first);
-#pragma unroll
-  for (int n = 0; n < Of::matrix / Of::threads; ++n) {
-    const int row = n * (Of::threads / pieces) + threadIdx.x / pieces, u = threadIdx.x % pieces;
-    float top = masked, total = 0, y[8] = {};
-#pragma unroll
-    for (int group = 0; group < Of::groups; ++group) {
-      top = fmaxf(top, memory.rows[group * Of::rows + row].x);
-    }
-#pragma unroll
-    for (int group = 0; group < Of::groups; ++group) {
-      const float2 of_row = memory.rows[group * Of::rows + row];
-      const float factor = exp2_approximate(of_row.x - top);
-      const float4* from = reinterpret_cast<const float4*>(memory.work + group * Of::work);
-      const float4 low = from[part(row, u, 0)], high = from[part(row, u, 1)];
-      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      total = fmaf(of_row.y, factor, total);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        y[j] = fmaf(x[j], factor, y[j]);
-      }
-    }
-    const float inverse = total == 0 ? 0 : __fdividef(1, total);  // 0 where there is no key yet
-#pragma unroll
-    for (float& value : y) {
-      value *= inverse;
-    }
-    if (row >= begin && row < end) {
-      store<T, 8>(out + row * width + u * 8, narrow<T, 8>(y));
-    }
+// By one thread.
+template <typename Of>
+__device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
+  for (int i = 0; i < Of::items; ++i) {
+    barrier_prepare(memory.full + i, 4 * Of::key_groups);  // all of warps
+    barrier_prepare(memory.read + i, 4 * Of::query_groups);
+  }
+  for (int i = 0; i < Of::values; ++i) {
+    barrier_prepare(memory.left + i, 4);
   }
 }
 
-// Rows [begin, end) of a tile, or of the part of it that is walked first, and the sums with its keys.
+// Once for each warp.
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    barrier_arrive(barrier);
+  }
+}
+
+// Another head's omega, where each has its own; for all threads, when they have left the old one.
 template <typename Of, typename T>
-__device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memory, const Tile& tile, int query,
-                                     const uint4* q, const float (&bias)[2], float (&kv)[32], float (&z)[2],
-                                     float (&c)[2]) {
-  const int group = threadIdx.x / 128, t = threadIdx.x % 4, row = first_row();
-  uint4 *keys = memory.work + group * Of::work, *state = keys + Of::matrix;
+__device__ __forceinline__ void change_projection(const Args<T>& args, const Memory<Of>& memory, const Tile& tile) {
+  if (args.projection.head != 0 && tile.first == 0) {
+    __syncthreads();
+    fill_projection<T, Of::M, Of::threads>(args.projection, tile.h, memory.omega);
+    copies_end();
+    copies_wait<0>();
+    copies_visible();
+    __syncthreads();
+  }
+}
+
+// The warpgroups for keys. What the first tile needs is there.
+template <typename Of, typename T>
+__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Keys<Of, T> keys, Tile tile,
+                                          int count, int share, bool stores) {
+  uint32_t inside = 0;
+  const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), row = first_row();
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
-  const uint64_t of_omega = operand(memory.omega + group * Of::matrix), of_q = operand(q), of_k = further(of_q, bytes),
-                 of_v = further(of_k, bytes), of_keys = operand(keys), of_state = further(of_keys, bytes);
-  float *exponents = memory.exponents + group * 64, *sums = memory.z + group * 64;
-  for (int begin = 0, end = Of::rows; begin < Of::rows;) {
-    float s[32], p[32];  // features x keys, queries x features
+  const uint64_t of_omega = operand(memory.omega + features * pieces);
+  float* own_bias = memory.bias + features + row;  // no other thread's
+  float kv[Of::parts][32], z[Of::parts][2], c[Of::parts][2];
+  float s[32];  // features x keys
+  const auto project = [&](int part, int i) {
+    const uint64_t of_k = operand(memory.k + i % Of::stages * Of::matrix);
     products_begin();
 #pragma unroll
     for (int step = 0; step < width / 16; ++step) {
-      multiply<T>(s, further(of_omega, 32 * step), further(of_k, 32 * step), step > 0);
+      multiply<T>(s, further(of_omega, part * bytes + 32 * step), further(of_k, 32 * step), step > 0);
     }
     products_end();
-#pragma unroll
-    for (int step = 0; step < width / 16; ++step) {
-      multiply<T>(p, further(of_q, 32 * step), further(of_omega, 32 * step), step > 0);
-    }
-    products_end();
-    products_wait<1>(s);
-    float next[2] = {masked, masked};
-    add_exponents(s, args.scale, memory.key_bias, next);
-    if (end - begin < Of::rows) {
+  };
+  for (int i = 0, item = 0, begin = 0, end = Of::rows; i < count;) {
+    const float* key_bias = memory.key_bias + i % Of::stages * Of::rows;
+    const auto add = [&](float (&next)[2]) {
       next[0] = next[1] = masked;
+      add_exponents(s, args.scale, key_bias, next);
+      if (end - begin < Of::rows) {
+        next[0] = next[1] = masked;
 #pragma unroll
-      for (int n = 0; n < 32; ++n) {
-        const int key = n / 4 * 8 + 2 * t + n % 2;
-        s[n] = key >= begin && key < end ? s[n] : masked;
-        next[n / 2 % 2] = fmaxf(next[n / 2 % 2], s[n]);
+        for (int n = 0; n < 32; ++n) {
+          const int key = n / 4 * 8 + 2 * t + n % 2;
+          s[n] = key >= begin && key < end ? s[n] : masked;
+          next[n / 2 % 2] = fmaxf(next[n / 2 % 2], s[n]);
+        }
+      }
+    };
+    project(0, i);
+    const bool is_first = end - begin == Of::rows;  // of this tile
+    if (is_first && i + 1 < count) {
+      const int next = i + 1;
+      barrier_wait(memory.left + next % Of::values, (next / Of::values + 1) % 2);
+      inside = keys.start(args, memory.k + next % Of::stages * Of::matrix, memory.v + next % Of::values * Of::matrix);
+    }
+    products_wait(s);
+#pragma unroll
+    for (int part = 0; part < Of::parts; ++part) {
+      if (is_first && (i == 0 || tile.first == 0)) {
+        const int feature = features + 64 * part + row;
+        const float bias[2] = {feature_bias(args, tile.h, feature), feature_bias(args, tile.h, feature + 8)};
+        load_state<Of::M>(args, tile, share, feature, bias, kv[part], z[part], c[part]);
+        if (t == 0) {
+          own_bias[64 * part] = bias[0];
+          own_bias[64 * part + 8] = bias[1];
+        }
       }
     }
+    float next[Of::parts][2];
+    bool far = false;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      next[i] = fmaxf(c[i], largest_of_four(next[i]));
+    for (int part = 0; part < Of::parts; ++part) {
+      if (part > 0) {
+        project(part, i);
+        products_wait(s);
+      }
+      add(next[part]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        next[part][n] = fmaxf(c[part][n], largest_of_four(next[part][n]));
+      }
+      far |= is_far(s, c[part], next[part], key_bias, begin, end);
     }
-    if (__syncthreads_or(is_far(s, c, next, memory.key_bias, begin, end)) && end - begin > 1) {
-      products_wait(p);
+    if (barrier_or<1, Of::key_threads>(far) && end - begin > 1) {
       end = begin + (end - begin) / 2;
       continue;
     }
 
-    // The state before these keys, relative to their maxima.
-    if (__any_sync(~0u, next[0] > c[0] || next[1] > c[1])) {
-      const float factor[2] = {exp2_approximate(c[0] - next[0]), exp2_approximate(c[1] - next[1])};
+    const int slot = item % Of::items;
+    uint4* to = memory.items + slot * Of::item + features * pieces;
+    const uint64_t of_v = operand(memory.v + i % Of::values * Of::matrix);
+    barrier_wait(memory.read + slot, (item / Of::items + 1) % 2);
 #pragma unroll
-      for (int n = 0; n < 32; ++n) {
-        kv[n] *= factor[n / 2 % 2];
+    for (int part = Of::parts - 1; part >= 0; --part) {
+      if (part < Of::parts - 1) {
+        float ignored[2];
+        project(part, i);
+        products_wait(s);
+        add(ignored);
       }
+      // The state before these keys, relative to their maxima.
+      if (__any_sync(~0u, next[part][0] > c[part][0] || next[part][1] > c[part][1])) {
+        const float factor[2] = {exp2_approximate(c[part][0] - next[part][0]),
+                                 exp2_approximate(c[part][1] - next[part][1])};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        z[i] *= factor[i];
-        c[i] = next[i];
+        for (int n = 0; n < 32; ++n) {
+          kv[part][n] *= factor[n / 2 % 2];
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          z[part][n] *= factor[n];
+          c[part][n] = next[part][n];
+        }
       }
-    }
-    uint32_t weights[4][4];
+      uint32_t weights[4][4];
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      weights[n / 4][n % 4] = pack<T>(kv[2 * n], kv[2 * n + 1]);
-    }
-    store_matrix(state, weights);
-    if (t == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        exponents[row + 8 * i] = c[i] + 2 * bias[i];  // the bias counts for keys and for queries
-        sums[row + 8 * i] = z[i];
+      for (int n = 0; n < 16; ++n) {
+        weights[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
       }
-    }
-    float total[2] = {0, 0};
+      store_matrix(to + Of::features + part * Of::matrix, weights);
+      if (t == 0) {
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      const float x = exp2_approximate(s[2 * n] - c[n % 2]), y = exp2_approximate(s[2 * n + 1] - c[n % 2]);
-      total[n % 2] += x + y;
-      weights[n / 4][n % 4] = pack<T>(x, y);
+        for (int n = 0; n < 2; ++n) {
+          const int at = slot * Of::M + features + 64 * part + row + 8 * n;
+          memory.exponents[at] =
+              c[part][n] + 2 * own_bias[64 * part + 8 * n];  // the bias counts for keys and for queries
+          memory.z[at] = z[part][n];
+        }
+      }
+      float total[2] = {0, 0};
+#pragma unroll
+      for (int n = 0; n < 16; ++n) {
+        const float x = exp2_approximate(s[2 * n] - c[part][n % 2]),
+                    y = exp2_approximate(s[2 * n + 1] - c[part][n % 2]);
+        total[n % 2] += x + y;
+        weights[n / 4][n % 4] = pack<T>(x, y);
+      }
+      store_matrix(to + part * Of::matrix, weights);
+      z[part][0] += sum_of_four(total[0]);
+      z[part][1] += sum_of_four(total[1]);
+      products_begin();
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
+      }
+      products_end();
     }
-    store_matrix(keys, weights);
-    z[0] += sum_of_four(total[0]);
-    z[1] += sum_of_four(total[1]);
+    if (threadIdx.x == 0) {
+      memory.ranges[slot] = {begin, end};
+    }
+    // The next tile's copies are waited for here: a thread that makes its stores visible waits for all it has started.
+    const bool is_last = end == Of::rows;
+    if (is_last && i + 1 < count) {
+      const int stage = (i + 1) % Of::stages;
+      copies_wait<0>();
+      fill_key_bias<Of>(args, memory.k + stage * Of::matrix, inside, memory.key_bias + stage * Of::rows);
+    }
     copies_visible();
-    warpgroup_barrier(group);
+    arrive(memory.full + slot);
+#pragma unroll
+    for (int part = 0; part < Of::parts; ++part) {
+      products_wait(kv[part]);
+    }
+    ++item;
+    if (!is_last) {
+      const int rows = end - begin;
+      begin = end;
+      end = min(begin + 2 * rows, Of::rows);
+      continue;
+    }
+    if (stores && tile.is_last(args)) {
+#pragma unroll
+      for (int part = 0; part < Of::parts; ++part) {
+        store_state<Of::M>(args, tile, features + 64 * part + row, own_bias + 64 * part, kv[part], z[part], c[part]);
+      }
+    }
+    tile.next(args);
+    begin = 0;
+    if (++i < count) {
+      change_projection(args, memory, tile);
+      barrier_sync<1, Of::key_threads>();  // this tile is there, and everyone has left the keys before
+    }
+  }
+}
+
+// An item's rows, of all features. Calls `meanwhile` while the first products are under way, and `release` with the end
+// of the rows when the item is no longer needed.
+template <typename Of, typename T, typename Meanwhile, typename Release>
+__device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>& memory, const uint4* q, const uint4* v,
+                                          int item, T* out, int rows, Meanwhile&& meanwhile, Release&& release) {
+  constexpr int part = Of::query_part;
+  constexpr uint32_t row_bytes = 16 * pieces;
+  const int slot = item % Of::items, t = threadIdx.x % 4, row = first_row();
+  const uint64_t of_q = operand(q), of_v = operand(v), of_omega = operand(memory.omega),
+                 of_keys = operand(memory.items + slot * Of::item), of_state = further(of_keys, 16 * Of::features);
+  float a[32], y[32];  // queries x keys, and rows
+  float top[2] = {masked, masked}, total[2] = {0, 0};
+#pragma unroll 1
+  for (int from = 0; from < Of::M; from += part) {
+    float p[part / 2];  // queries x features
+    if (from > 0) {
+      products_wait(a);
+      products_wait(y);
+    }
     products_begin();
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(kv, weights[n], further(of_v, n * 16 * row_bytes), true);
+    for (int step = 0; step < width / 16; ++step) {
+      multiply<T>(p, further(of_q, 32 * step), further(of_omega, from * row_bytes + 32 * step), step > 0);
     }
     products_end();
-
-    products_wait<1>(p);
-    float top[2] = {masked, masked};
-    add_exponents(p, args.scale, exponents, top);
+    if (from == 0) {
+      meanwhile();
+      barrier_wait(memory.full + slot, item / Of::items % 2);
+    }
+    products_wait(p);
+    const float old[2] = {top[0], top[1]};
+    add_exponents(p, args.scale, memory.exponents + slot * Of::M + from, top);
     top[0] = largest_of_four(top[0]);
     top[1] = largest_of_four(top[1]);
-    total[0] = total[1] = 0;
-    uint32_t queries[4][4];
-    const float2* pairs = reinterpret_cast<const float2*>(sums) + t;
+    if (from > 0) {
+      const float factor[2] = {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])};
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
+      for (int n = 0; n < 32; ++n) {
+        a[n] *= factor[n / 2 % 2];
+        y[n] *= factor[n / 2 % 2];
+      }
+      total[0] *= factor[0];
+      total[1] *= factor[1];
+    }
+    uint32_t queries[part / 16][4];
+    const float2* pairs = reinterpret_cast<const float2*>(memory.z + slot * Of::M + from) + t;
+#pragma unroll
+    for (int n = 0; n < part / 4; ++n) {
       const float2 z_pair = pairs[n / 2 * 4];
       queries[n / 4][n % 4] =
           pack<T>(exp2_approximate(p[2 * n] - top[n % 2]), exp2_approximate(p[2 * n + 1] - top[n % 2]));
@@ -401,56 +541,113 @@ __device__ __forceinline__ void walk(const Args<T>& args, const Memory<Of>& memo
       widen<T, 2>(x, {queries[n / 4][n % 4]});
       total[n % 2] = fmaf(x[0], z_pair.x, fmaf(x[1], z_pair.y, total[n % 2]));
     }
-    float a[32];  // queries x keys
     products_begin();
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(a, queries[n], further(of_keys, n * 16 * row_bytes), n > 0);
+    for (int n = 0; n < part / 16; ++n) {
+      multiply<T, Inner::b>(a, queries[n], further(of_keys, (from + n * 16) * row_bytes), from + n > 0);
     }
     products_end();
-    products_wait(a);
-    products_wait(kv);
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      const int key = (n / 2 - n % 2) * 8;  // less the same for all
-      weights[n / 4][n % 4] = pack<T>(key <= row - 2 * t ? a[2 * n] : 0, key < row - 2 * t ? a[2 * n + 1] : 0);
-      float x[2];
-      widen<T, 2>(x, {weights[n / 4][n % 4]});
-      total[n % 2] += x[0] + x[1];
-    }
-    float y[32];
-    products_begin();
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(y, queries[n], further(of_state, n * 16 * row_bytes), n > 0);
-    }
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      multiply<T, Inner::b>(y, weights[n], further(of_v, n * 16 * row_bytes), true);
+    for (int n = 0; n < part / 16; ++n) {
+      multiply<T, Inner::b>(y, queries[n], further(of_state, (from + n * 16) * row_bytes), from + n > 0);
     }
     products_end();
-    total[0] = sum_of_four(total[0]);
-    total[1] = sum_of_four(total[1]);
-    products_wait(y);
+  }
+  products_wait<1>(a);
+  uint32_t weights[4][4];
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    const int key = (n / 2 - n % 2) * 8;  // less the same for all
+    weights[n / 4][n % 4] = pack<T>(key <= row - 2 * t ? a[2 * n] : 0, key < row - 2 * t ? a[2 * n + 1] : 0);
+    float x[2];
+    widen<T, 2>(x, {weights[n / 4][n % 4]});
+    total[n % 2] += x[0] + x[1];
+  }
+  products_begin();
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    multiply<T, Inner::b>(y, weights[n], further(of_v, n * 16 * row_bytes), true);
+  }
+  products_end();
+  const int2 range = memory.ranges[slot];
+  total[0] = sum_of_four(total[0]);
+  total[1] = sum_of_four(total[1]);
+  products_wait(y);
+  release(range.y);
 
-    warpgroup_barrier(group);  // all have left the matrices that the rows now take the place of
-    float2* shares = reinterpret_cast<float2*>(keys);
+  // Of two neighbouring pieces of 8 columns a thread of an even number stores half of the first, its neighbour half of
+  // the second.
+  const bool is_odd = t % 2;
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      const int at = row + n % 2 * 8;
-      shares[2 * part(at, n / 2, t / 2) + t % 2] = {y[2 * n], y[2 * n + 1]};
-    }
-    if (t == 0) {
+  for (int i = 0; i < 2; ++i) {
+    const float inverse = total[i] == 0 ? 0 : __fdividef(1, total[i]);  // 0 where there is no key yet
+    const int at = row + 8 * i;
+    uint2* to = reinterpret_cast<uint2*>(out + at * width) + 2 * (t % 2) + t / 2;
+    const bool is_inside = at >= range.x && at < min(range.y, rows);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        memory.rows[group * Of::rows + row + 8 * i] = {top[i], total[i]};
+    for (int j = 0; j < 4; ++j) {
+      const float* values = y + 8 * j + 2 * i;
+      const uint32_t first = pack<T>(values[0] * inverse, values[1] * inverse);
+      const uint32_t second = pack<T>(values[4] * inverse, values[5] * inverse);
+      const uint32_t other = __shfl_xor_sync(~0u, is_odd ? first : second, 1);
+      if (is_inside) {
+        to[4 * j] = is_odd ? uint2{other, second} : uint2{first, other};
       }
     }
-    __syncthreads();
-    store_rows(args, memory, tile, query, begin, end);
-    const int count = end - begin;
-    begin = end;
-    end = min(begin + 2 * count, Of::rows);
+  }
+}
+
+// The warpgroups for queries. The copies of a warpgroup's first tile are there.
+template <typename Of, typename T>
+__device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, Tile tile, Tile ahead,
+                                             int count, int query) {
+  const int group = (threadIdx.x - Of::key_threads) / 128;
+  uint4* ring = memory.q + group * Of::stages * Of::matrix;
+  for (int i = 0, item = 0; i < count; ++i) {
+    if (i > 0) {
+      change_projection(args, memory, tile);
+    }
+    if (i % Of::query_groups == group) {
+      const uint4* q = ring + i / Of::query_groups % Of::stages * Of::matrix;
+      if (group == 0) {
+        barrier_sync<2, 128>();
+      } else {
+        barrier_sync<3, 128>();
+      }
+      bool starts = i + Of::query_groups < count;
+      const auto start = [&] {
+        if (starts) {
+#pragma unroll
+          for (int n = 0; n < Of::query_groups; ++n) {
+            ahead.next(args);
+          }
+          start_queries<Of>(args, ahead, query, ring + (i / Of::query_groups + 1) % Of::stages * Of::matrix);
+          starts = false;
+        }
+      };
+      T* out =
+          args.out + ((static_cast<int64_t>(tile.head(args)) * args.queries + query) * args.L + tile.first) * width;
+      for (int end = 0; end < Of::rows; ++item) {
+        make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first, start,
+                      [&](int rows) {
+                        end = rows;
+                        arrive(memory.read + item % Of::items);
+                        if (end == Of::rows) {
+                          arrive(memory.left + i % Of::values);
+                          copies_wait<0>();
+                          copies_visible();
+                        }
+                      });
+      }
+    } else {
+      for (int end = 0; end < Of::rows; ++item) {
+        const int slot = item % Of::items;
+        barrier_wait(memory.full + slot, item / Of::items % 2);
+        end = memory.ranges[slot].y;
+        arrive(memory.read + slot);
+      }
+    }
+    tile.next(args);
   }
 }
 
@@ -462,45 +659,43 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   extern __shared__ __align__(1024) char bytes[];
   const Memory<Of> memory(bytes);
   const int query = static_cast<uint32_t>(this_block()) / static_cast<uint32_t>(args.key_blocks);
-  const int share = this_block() - query * args.key_blocks, feature = threadIdx.x / 128 * 64 + first_row();
-  Tile tile = begin_of(args, share);
-  const Tile end = begin_of(args, share + 1);
+  const int share = this_block() - query * args.key_blocks;
+  const Tile tile(args, share), end(args, share + 1);
   const int of_head = max((args.L + Of::rows - 1) / Of::rows, 1);
-  const int count = (end.head - tile.head) * of_head + (end.first - tile.first) / Of::rows;
-  Copies<Of, T> copies(args, tile, query);
-  uint32_t inside = copies.start(args, memory.stages);
-  fill_projection<T, Of::M, Of::threads>(args.projection, tile.key_head(args), memory.omega);
+  const int count = (end.head(args) - tile.head(args)) * of_head + (end.first - tile.first) / Of::rows;
+  Tile ahead = tile;
+  Keys<Of, T> keys(args, tile);
+  const bool is_key = threadIdx.x < Of::key_threads;
+  uint32_t inside = 0;
+  if (threadIdx.x == 0) {
+    prepare_barriers(memory);
+  }
+  if (is_key) {
+    inside = keys.start(args, memory.k, memory.v);
+  } else {
+    const int group = (threadIdx.x - Of::key_threads) / 128;
+    for (int n = 0; n < group; ++n) {
+      ahead.next(args);
+    }
+    if (group < count) {
+      start_queries<Of>(args, ahead, query, memory.q + group * Of::stages * Of::matrix);
+    }
+  }
+  fill_projection<T, Of::M, Of::threads>(args.projection, tile.h, memory.omega);
   copies_end();
+  copies_wait<0>();
+  if (is_key) {
+    fill_key_bias<Of>(args, memory.k, inside, memory.key_bias);
+  }
+  copies_visible();
   wait_for_previous();
-  float kv[32], z[2], c[2], bias[2];
-  for (int i = 0; i < count; ++i) {
-    if (i == 0 || tile.first == 0) {
-      bias[0] = feature_bias(args, tile.key_head(args), feature);
-      bias[1] = feature_bias(args, tile.key_head(args), feature + 8);
-      load_state<Of::M>(args, tile, share, feature, bias, kv, z, c);
-    }
-    uint4* stage = memory.stages + i % Of::stages * Of::stage;
-    copies_wait<0>();
-    fill_key_bias<Of>(args, stage + Of::matrix, inside, memory.key_bias);
-    copies_visible();
-    __syncthreads();  // this tile is there, and everyone has left the one before
-    if (args.projection.head != 0 && i > 0 && tile.first == 0) {
-      fill_projection<T, Of::M, Of::threads>(args.projection, tile.key_head(args), memory.omega);
-      copies_end();
-      copies_wait<0>();
-      copies_visible();
-      __syncthreads();
-    }
-    if (i + 1 < count) {
-      copies.next(args, query);
-      inside = copies.start(args, memory.stages + (i + 1) % Of::stages * Of::stage);
-    }
-    copies_end();
-    walk<Of>(args, memory, tile, query, stage, bias, kv, z, c);
-    if (query == 0 && args.kv != nullptr && tile.is_last(args)) {
-      store_state<Of::M>(args, tile, feature, bias, kv, z, c);
-    }
-    tile = copies.tile;
+  __syncthreads();
+  if (is_key) {
+    change_registers<Of::registers, Of::key_registers>();
+    walk_keys<Of>(args, memory, keys, tile, count, share, query == 0 && args.kv != nullptr);
+  } else {
+    change_registers<Of::registers, Of::query_registers>();
+    walk_queries<Of>(args, memory, tile, ahead, count, query);
   }
 #endif
 }
@@ -559,14 +754,15 @@ __global__ void __launch_bounds__(128) add_before_kernel(const Args<T> args) {
 
 }  // namespace
 
-// Shares take half as long again for their keys, with twice the blocks of a multiprocessor, and two launches take as
-// long as 5 tiles.
+// In units of the time that a block takes for a tile: a block's start and end take as long as 2 of them, shares 3/5 of
+// the time again for their keys (with 64 features all of it), and two launches as long as 5 tiles.
 template <int M>
 int causal_shares(int64_t heads, int64_t queries, int64_t L, int64_t key_tiles, int64_t multiprocessors) {
-  const int64_t resident = multiprocessors * Plan<M>::blocks, tiles = ceil_div(L, 64);
+  const int64_t resident = multiprocessors * Plan<M>::blocks, tiles = ceil_div(L, 64) + 2;
   const int64_t shares = std::min(std::max(resident / queries, int64_t{1}), heads * key_tiles);
-  const bool one = 2 * tiles * shares <= 5 * tiles * heads + 10 * shares;
-  return static_cast<int>(one || shares <= heads ? heads : shares);
+  const int64_t rounds = ceil_div(heads * queries, resident), fifths = M == 64 ? 10 : 8;
+  const bool one = 5 * rounds * tiles * shares <= fifths * heads * tiles + 35 * shares;
+  return static_cast<int>(one || queries > resident ? heads : shares);
 }
 
 template <typename T, int M>

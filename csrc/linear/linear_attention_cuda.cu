@@ -12,10 +12,10 @@
 // queries attend over features, 64 rows to a warpgroup, with the mean value of each feature and the logarithm of its
 // weight.
 //
-// Three kernels, each of which may begin while the one before it ends: one for the keys of all heads, as many tiles to
-// a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one for
-// the queries of all heads, divided in the same way. Short heads take one kernel with a block for each.
-// Exponents are in base 2.
+// Three kernels, each of which may begin while whatever is before it ends: one for the keys of all heads, as many tiles
+// to a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one
+// for the queries of all heads, divided in the same way. Short heads take one kernel with a block for each. Exponents
+// are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -533,9 +533,11 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
     queries.start_copies(2, Of::ring);
     queries.run(memory);
   } else {
+    // In this order: the next kernels read queries before they wait, for this one alone.
+    wait_for_previous();
+    let_next_begin();
     float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
     if constexpr (Of::pass == Pass::keys) {
-      let_next_begin();
       sum_keys(args, memory, kv, z, c, [] {});
     } else {
       uint4* rings = memory.pool + Of::stage;
@@ -620,7 +622,7 @@ template <typename Of, typename T>
 void launch(const Args<T>& args, int64_t blocks, int device, cudaStream_t stream) {
   const auto kernel = linear_attention_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
-  launch(kernel, blocks, Of::threads, Of::bytes, stream, Of::pass == Pass::queries, args);
+  launch(kernel, blocks, Of::threads, Of::bytes, stream, true, args);
 }
 
 }  // namespace

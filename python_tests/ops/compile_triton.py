@@ -65,12 +65,12 @@ def overwrites(code: str, stages: int) -> bool:
     return False
 
 
-def attention(dtype: torch.dtype, kind: str, causal: bool, M: int) -> None:
-    q, k, v, dout = (torch.zeros(1, 2, 128, 64, dtype=dtype) for _ in range(4))
+def attention(dtype: torch.dtype, kind: str, causal: bool, M: int, L: int = 128) -> None:
+    q, k, v, dout = (torch.zeros(1, 2, L, 64, dtype=dtype) for _ in range(4))
     omega = torch.zeros(M, 64, dtype=dtype) if M else None
     arguments = q, k, v, omega, kind, causal, 0.3, None, 0.0, True, None, None, None, None, None
-    _, *last = forward.linear_attention(*arguments)
-    backward.linear_attention_bwd(dout, None, None, *arguments, *last, M > 0)
+    _, *last = forward.linear_attention(*arguments, short=L <= 64)
+    backward.linear_attention_bwd(dout, None, None, *arguments, *last, M > 0, short=L <= 64)
 
 
 def main() -> None:
@@ -80,6 +80,8 @@ def main() -> None:
         attention(dtype, "positive", False, M)
         attention(dtype, "positive", True, M)
     attention(torch.bfloat16, "relu", True, 0)
+    for kind, M in (("positive", 128), ("relu", 128), ("relu", 0)):
+        attention(torch.bfloat16, kind, False, M, 64)
     for dtype in (torch.bfloat16, torch.float32):
         x, omega = torch.zeros(1, 2, 64, 64, dtype=dtype), torch.zeros(256, 64)
         y = features.random_features(x, omega, "positive", 0.3, 0.0, None, "row").float()

@@ -21,7 +21,7 @@ from ...checks import (
 )
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
 from ..hopper import is_hopper
-from .op import KINDS, call
+from .op import KINDS, call, is_short
 from .reference import EMPTY
 
 SCALARS = (float, int, torch.SymFloat)
@@ -181,7 +181,11 @@ def linear_attention(
     autocast = weighted and torch.is_autocast_enabled(device.type)
     if weighted and not autocast:  # by the features' constant, before the one rounding
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    need_state = return_state or torch.is_grad_enabled()
+    need_state = return_state
+    if torch.is_grad_enabled() and not return_state:
+        # As the operator sees them.
+        at = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        need_state = not is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, name, at)
     out, *sums = call(
         q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, need_state, name
     )

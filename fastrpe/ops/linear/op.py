@@ -116,8 +116,36 @@ def _linear_attention(
     if backend == "native":
         results = _kernel("linear_attention", backend)(*args, need_state)
         return results
-    results = _kernel("linear_attention", backend)(*args)
+    short = not need_state and is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, backend)
+    results = _kernel("linear_attention", backend)(*args, short)
     return results if need_state else _without_state(results)
+
+
+def is_short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor | None,
+    kind: str,
+    causal: bool,
+    eps: float,
+    normalize: bool,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    dtype: torch.dtype | None = None,  # by default that of q
+) -> bool:
+    """Whether a backend takes a head's tokens at once and its gradients need no state: for up to 64 tokens the state
+    is larger than they are."""
+    if backend != "triton" or (dtype or q.dtype) != torch.bfloat16 or causal or not normalize or cu_seqlens is not None:
+        return False
+    D, V, F = q.shape[-1], v.shape[-1], size_of(q, omega, kind)
+    return (
+        kind != "trigonometric"
+        and 0 < q.shape[2] <= 64
+        and 0 < k.shape[2] <= 64
+        and all(n in (32, 64) for n in (D, V))
+        and 32 <= F <= 128
+    )
 
 
 def _without_state(results: Results) -> Results:
@@ -160,10 +188,14 @@ def _gradients(
     if backend == "native" and q.is_cuda:
         dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
-    dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(
+    args = (
         dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,
         normalize, *rest, need_omega,
     )  # fmt: skip
+    if backend == "triton":
+        short = not last_z.numel() and is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, backend)
+        args = *args, short
+    dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(*args)
     da = None
     if kv is None:
         dkv0 = dz0 = None
@@ -254,7 +286,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale = inputs[:15]
     need_state, ctx.backend = inputs[15:]
-    if not need_state:
+    if not (need_state or is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, ctx.backend)):
         raise RuntimeError("linear_attention: need_state must be True where an input requires grad, got False")
     ctx.options = kind, causal, scale, eps, normalize
     ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:])

@@ -4,12 +4,15 @@ With g = dout / den and delta = dout . out, the weight phi(q_i) . phi(k_j) has t
 queries see the state sum_j phi(k_j) [v_j, 1], keys the state sum_i phi(q_i) [g_i, -delta_i / den_i].
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .forward import causal_spans, new_state, scan, spans, state, states
+from .short import short_gradients
 from .tiles import (
     EMPTY,
     EXP,
@@ -722,18 +725,25 @@ def linear_attention_bwd(
     last_z: Tensor,  # (B, Hk, F)
     last_log_scale: Tensor,  # (B, Hk, F)
     need_omega: bool,
+    short: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, omega, bias, kv and z; those of the last four are empty where not there or needed."""
+    """Gradients of q, k, v, omega, bias, kv and z; those of the last four are empty where not there or needed. If
+    ``short``, the forward has kept no state."""
     if in_float32(q, v, omega, kind, causal):
         omega = omega if omega is None else omega.float()
         dq, dk, dv, *others = linear_attention_bwd(
             dout.float(), dkv, dz, q.float(), k.float(), v.float(), omega, kind, causal, scale, bias, eps, normalize,
-            mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale, need_omega,
+            mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale, need_omega, short,
         )  # fmt: skip
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), others[0], others[1], others[2], others[3]
     dout, q, k, v = rows(dout), rows(q), rows(k), rows(v)
     p = plan(q, k, v, omega, kind, scale, bias, eps, normalize, mask)
     need_omega = need_omega and omega is not None
+    empty = q.new_empty(0)
+    if short:
+        dq, dk, dv, *parts = short_gradients(p, dout, q, k, v, need_omega)
+        domega, dbias = sums(p, [[x] for x in parts], omega) if need_omega else (empty, empty)
+        return dq, dk, dv, domega, dbias, empty, empty
     last = last_kv, last_z, last_log_scale
     late = None
     if dkv is not None or dz is not None:
@@ -752,13 +762,9 @@ def linear_attention_bwd(
             p, dout, q, k, v, start, last, late, need_omega
         )
     dq, dk, dv, dstate, domegas, dbiases = grads
-    empty = q.new_empty(0)
     domega = dbias = dkv0 = dz0 = empty
-    if omega is not None and need_omega:
-        domega, dbias = (sum_heads(p, parts, omega.dim() == 3) for parts in (domegas, dbiases))
-        if p.F != p.M:
-            (domega, other), dbias = domega.split(p.M, -2), empty
-            domega = domega - other if p.flags["SIGNED"] else domega + other
+    if need_omega:
+        domega, dbias = sums(p, [domegas, dbiases], omega)
     if start is not None:
         # Of every query head when causal, of every key head when not.
         dkv0, dz0, c = (x.view(p.B, p.Hk, -1, *x.shape[1:]) for x in dstate)
@@ -907,6 +913,15 @@ def causal_gradients(
     return dq, dk, dv, dstate, [x[0] for x in outs], [x[1] for x in outs]
 
 
+def sums(p: Plan, parts: list[list[Tensor]], omega: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of omega and of its bias, which features in pairs have none of."""
+    domega, dbias = (sum_heads(p, x, omega is not None and omega.dim() == 3) for x in parts)
+    if p.F == p.M:
+        return domega, dbias
+    one, other = domega.split(p.M, -2)
+    return one - other if p.flags["SIGNED"] else one + other, domega.new_empty(0)
+
+
 def sum_heads(
     p: Plan,
     parts: list[Tensor],  # (B, H or Hk, parts, F, ...)
@@ -917,5 +932,5 @@ def sum_heads(
         total = [x.unflatten(1, (p.Hk, -1)).sum((0, 2, 3)) for x in parts]
     else:
         total = [x.sum((0, 1, 2)) for x in parts]
-    y: Tensor = total[0] + total[1]
+    y: Tensor = functools.reduce(torch.add, total)
     return y

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .short import short_attention
 from .tiles import (
     EMPTY,
     EXP,
@@ -403,17 +404,21 @@ def linear_attention(
     kv: Tensor | None,  # (B, Hk, F, V)
     z: Tensor | None,  # (B, Hk, F)
     log_scale: Tensor | None,  # (B, Hk, F)
+    short: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, and the state behind the last key."""
+    """The output, and the state behind the last key: if ``short``, none, see short.py."""
     if in_float32(q, v, omega, kind, causal):
         omega = omega if omega is None else omega.float()
         out, *last = linear_attention(
             q.float(), k.float(), v.float(), omega, kind, causal, scale, bias, eps, normalize, mask, cu_seqlens,
-            kv, z, log_scale,
+            kv, z, log_scale, short,
         )  # fmt: skip
         return out.to(q.dtype), last[0], last[1], last[2]
     q, k, v = rows(q), rows(k), rows(v)
     p = plan(q, k, v, omega, kind, scale, bias, eps, normalize, mask)
+    if short:
+        kv, z, log_scale = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+        return short_attention(p, q, k, v), kv, z, log_scale
     start = state(kv, z, log_scale)
     out = q.new_empty(p.B, p.H, p.L, p.V)
     with on_device(q):
