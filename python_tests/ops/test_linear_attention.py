@@ -18,7 +18,7 @@ from torch.autograd import gradcheck
 from fastrpe.ops.features import random_features
 from fastrpe.ops.linear import State, linear_attention, linear_attention_step
 from fastrpe.testing.asserts import LAW_FLOAT64, ROUNDINGS, assert_accurate, assert_bitwise, assert_same, assert_within
-from fastrpe.testing.bars import CAUSAL_GRADIENTS, LINEAR_ATTENTION, MILLION_SECONDS
+from fastrpe.testing.bars import CAUSAL_GRADIENTS, LINEAR_ATTENTION, LINEAR_GRADIENTS, MILLION_SECONDS
 
 KINDS = ("positive", "hyperbolic", "trigonometric", "oprf", "relu", "exp", "elu", "features")
 DTYPES = pytest.mark.parametrize("dtype", LINEAR_ATTENTION, ids=lambda d: str(d).removeprefix("torch."))
@@ -470,10 +470,10 @@ def test_causal_gradients_on_hopper(H: int, L: int, M: int, size: float, huge: f
     dout[:, :, L // 2 + 20 :] = 0
     leaves = [one[n].double().requires_grad_() for n in names]
     rest: tuple[Any, ...] = ("positive", True, 64**-0.25, None, 0.0, True, mask, None, None, None, None)
-    exact = torch.ops.fastrpe.linear_attention(*leaves, *rest, "reference")[0]
+    exact = torch.ops.fastrpe.linear_attention(*leaves, *rest, True, "reference")[0]
     expected = torch.autograd.grad(exact, leaves, dout.double())
     tensors = [one[n] for n in names]
-    state = [x.float() for x in torch.ops.fastrpe.linear_attention(*tensors, *rest, "reference")[1:]]
+    state = [x.float() for x in torch.ops.fastrpe.linear_attention(*tensors, *rest, True, "reference")[1:]]
     need_omega = huge == 1  # a huge key times what is only rounding is no gradient
     for _ in range(2):
         bwd = torch.ops.fastrpe.linear_attention_bwd
@@ -482,6 +482,41 @@ def test_causal_gradients_on_hopper(H: int, L: int, M: int, size: float, huge: f
             assert (y - x).norm() <= CAUSAL_GRADIENTS * x.norm()
         for y in found[:3]:
             assert (y[:, :, L // 2 + 20 :] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize(
+    ("B", "H", "Hk", "L", "S", "M"),
+    ((200, 3, 3, 64, 64, 128), (100, 6, 3, 130, 49, 128), (150, 4, 4, 49, 197, 64)),
+    ids=str,
+)
+@pytest.mark.parametrize("need_omega", (False, True), ids=("frozen", "learned"))
+def test_gradients_of_many_short_heads(
+    B: int, H: int, Hk: int, L: int, S: int, M: int, dtype: torch.dtype, need_omega: bool
+) -> None:
+    """Several to a block, one after another, with a projection for each head or for all; the same each time."""
+    where: dict[str, Any] = dict(device=torch.device("cuda"), dtype=dtype)
+    q, dout = (draw(B, H, L, 64, seed=seed, **where) for seed in (0, 1))
+    k, v = (draw(B, Hk, S, 64, seed=seed, **where) for seed in (2, 3))
+    omega = draw(*((Hk,) if H == Hk else ()), M, 64, seed=4, **where)
+    mask = draw(B, S, seed=5, device=where["device"]) < 1
+    mask[1] = False
+    rest: tuple[Any, ...] = ("positive", False, 64**-0.25, None, 0.0, True, mask, None, None, None, None)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, omega)]
+    exact = torch.ops.fastrpe.linear_attention(*leaves, *rest, True, "reference")
+    expected = torch.autograd.grad(exact[0], leaves, dout.double())
+    state = [x.detach().float().contiguous() for x in exact[1:]]
+    gone = ~mask[:, None, :, None]
+    k, v = k.masked_fill(gone, math.nan), v.masked_fill(gone, math.inf)
+    bwd = torch.ops.fastrpe.linear_attention_bwd
+    found, again = (
+        bwd(dout, None, None, q, k, v, omega, *rest, *state, need_omega, "native")[: 4 if need_omega else 3]
+        for _ in range(2)
+    )
+    for y, other, x in zip(found, again, expected):
+        assert_bitwise(y, other)
+        assert (y - x).norm() <= LINEAR_GRADIENTS[dtype] * x.norm()
 
 
 @pytest.mark.gpu
