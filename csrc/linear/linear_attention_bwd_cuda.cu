@@ -83,11 +83,11 @@ struct OmegaLayout {
                                   4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + (all ? 4 * M : 0));
 };
 
-// Of whole heads, with dW or without.
-template <int M, bool Omega>
+// Of whole heads, with dW or without; Fresh, from keys and values instead of a state.
+template <int M, bool Omega, bool Fresh>
 struct HeadLayout {
   static constexpr int groups = Omega && M > 64 ? 2 : 1, features = M / groups, threads = 128 * groups;
-  static constexpr int stages = M > 64 ? 3 : 2, blocks = (M > 64 ? 2 : 3) - Omega;
+  static constexpr int stages = M > 64 || Fresh ? 3 : 2, blocks = M > 64 ? 2 - Omega : Omega || Fresh ? 2 : 3;
   static constexpr int matrix = M * width / 8, mean_parts = 2;
   static constexpr int halves = groups > 1 ? 2 * groups * 16 * 128 : 0, rows = groups > 1 ? groups * tile : 0;
   static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile + width) +
@@ -1657,6 +1657,117 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
+// Makes U, less the mean of the first 16 features, of one tile of keys as the sum of two matrices, that mean, and what
+// features add to queries' exponents. `norms` are 64 numbers of shared memory.
+template <typename T, int M, typename Of>
+__device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile_k, const uint4* tile_v, int count,
+                                           const bool* mask, float scale, float square, const float* bias, uint4* means,
+                                           float* common, float* exponents, float* norms) {
+  constexpr int parts = Of::features / 64;
+  const int base = Of::groups > 1 ? threadIdx.x / 128 * Of::features : 0;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+  float p[parts][32], u[parts][32];  // a warp has 16 features of each part
+  products_begin();
+#pragma unroll
+  for (int n = 0; n < parts; ++n) {
+#pragma unroll
+    for (int s = 0; s < width / 16; ++s) {
+      multiply<T>(p[n], operand(omega + (base + n * 64) * 8 + s * 2), operand(tile_k + s * 2), s > 0);
+    }
+    products_end();
+  }
+  if (threadIdx.x < 2 * tile) {
+    const int key = threadIdx.x / 2;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[8];
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(tile_k + piece(key, threadIdx.x % 2 * 4 + i)));
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        sum = fmaf(x[e], x[e], sum);
+      }
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    if (threadIdx.x % 2 == 0) {
+      norms[key] = key < count && (mask == nullptr || mask[key]) ? sum * (-0.5f * log2e * square) : none;
+    }
+  }
+  __syncthreads();  // all norms are there
+#pragma unroll
+  for (int n = 0; n < parts; ++n) {
+    float top[2] = {-INFINITY, -INFINITY}, z[2] = {};
+    if (n + 1 < parts) {
+      products_wait<1>(p[n]);
+    } else {
+      products_wait(p[n]);
+    }
+    add_exponents(p[n], scale * log2e, norms, top);
+    top[0] = largest_of_four(top[0]);
+    top[1] = largest_of_four(top[1]);
+    uint32_t a[4][4];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = exp2_approximate(p[n][8 * s + 2 * i] - top[i % 2] + key_shift<T>);
+        const float y = exp2_approximate(p[n][8 * s + 2 * i + 1] - top[i % 2] + key_shift<T>);
+        z[i % 2] += x + y;
+        a[s][i] = pack<T>(x, y);
+      }
+    }
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      multiply<T, Inner::b>(u[n], a[s], operand(tile_v + s * 128), s > 0);
+    }
+    products_end();
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      z[r] = sum_of_four(z[r]);
+      inverse[r] = 1.0f / z[r];
+      const int f = base + n * 64 + warp * 16 + g + 8 * r;
+      if (t == 0) {
+        const float b = bias == nullptr ? 0.0f : bias[f];
+        exponents[f] = top[r] > 0.5f * none ? top[r] + log2f(z[r]) - key_shift<T> + 2.0f * log2e * b : none;
+      }
+    }
+    products_wait(u[n]);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      u[n][i] *= inverse[i / 2 % 2];
+    }
+  }
+  if (threadIdx.x < 32) {
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      x[i] = (u[0][i / 2 * 4 + i % 2] + u[0][i / 2 * 4 + i % 2 + 2]) / 16;
+    }
+    store_column_sums(x, common);
+  }
+  __syncthreads();  // the mean is there
+#pragma unroll
+  for (int n = 0; n < parts; ++n) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 middle = reinterpret_cast<const float2*>(common)[8 * s + i / 2 * 4 + t];
+        const float x = u[n][8 * s + 2 * i] - middle.x, y = u[n][8 * s + 2 * i + 1] - middle.y;
+        high[i] = pack<T>(x, y);
+        const float2 rounded = unpack<T>(high[i]);
+        low[i] = pack<T>(x - rounded.x, y - rounded.y);
+      }
+      uint4* to = means + (base + n * 64) * 8 + piece(warp * 16 + lane % 16, s * 2 + lane / 16);
+      store_matrices(to, high);
+      store_matrices(to + Of::matrix, low);
+    }
+  }
+}
+
 // Makes dU in 16 bits where U's first part is, and y = U dU_16 - r of the same features, where r = U_16 dU - sum_i w
 // delta, U_16 is U less `common`, and the sum is what query_tile leaves in dy; with dW, r is there. `sums` are 8 M + 8
 // numbers of shared memory. Stores r where that is not null. Returns what undoes the scaling of float16.
@@ -1763,12 +1874,13 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
 
 #endif
 
-// Queries and then keys of several key heads with the same projection, each without a trip of dU through memory.
-template <typename T, int M, bool Omega>
-__global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, Omega>::blocks)
+// Queries and then keys of several key heads with the same projection, each without a trip of dU through memory;
+// where Fresh, of heads of one tile, nor of U.
+template <typename T, int M, bool Omega, bool Fresh>
+__global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayout<M, Omega, Fresh>::blocks)
     head_gradient_kernel(const Args<T> queries, const Args<T> keys) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Of = HeadLayout<M, Omega>;
+  using Of = HeadLayout<M, Omega, Fresh>;
   constexpr int F = Of::features, threads = Of::threads;
   const int base = Of::groups > 1 ? threadIdx.x / 128 * F : 0;
   extern __shared__ __align__(1024) uint4 memory[];
@@ -1793,43 +1905,51 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, O
   const auto count_of = [](const Args<T>& args, int i_tile) {
     return static_cast<int>(min(static_cast<int64_t>(tile), args.length - static_cast<int64_t>(i_tile) * tile));
   };
-  // What is copied next: a tile of one of the key head's query heads, or of its keys.
+  const auto start_queries = [&](const Place& of, int group, int i_tile, uint4* to) {
+    const int i_h = of.i_h * groups + group, count = count_of(queries, i_tile);
+    const int64_t first = static_cast<int64_t>(i_tile) * tile;
+    fetch<threads>(queries.x.at(of.i_b, i_h) + first * queries.x.l, queries.x.l, count, to);
+    fetch<threads>(queries.y.at(of.i_b, i_h) + first * queries.y.l, queries.y.l, count, to + slab);
+  };
+  const auto mask_of = [&](const Place& of, int i_tile) {
+    return keys.mask == nullptr ? nullptr : keys.mask + of.i_b * keys.length + static_cast<int64_t>(i_tile) * tile;
+  };
+  const auto start_keys = [&](const Place& of, int i_tile, uint4* to) {
+    const int count = count_of(keys, i_tile);
+    const bool* mask = mask_of(of, i_tile);
+    const int64_t first = static_cast<int64_t>(i_tile) * tile;
+    fetch<threads>(keys.x.at(of.i_b, of.i_h) + first * keys.x.l, keys.x.l, count, to, mask);
+    fetch<threads>(keys.y.at(of.i_b, of.i_h) + first * keys.y.l, keys.y.l, count, to + slab, mask);
+  };
+  // What is copied next: a tile of one of the key head's query heads, or of its keys. Where Fresh, keys have the first
+  // two stages in turn and queries the third.
   uint32_t unit_ahead = units.begin;
   Place ahead = units.place(keys, unit_ahead);
   int group_ahead = 0, tile_ahead = 0, next_stage = 0, stage = 0;
   const auto start_next = [&] {
-    if (unit_ahead < units.end) {
-      const int64_t first = static_cast<int64_t>(tile_ahead) * tile;
-      uint4* to = stages + next_stage * 2 * slab;
-      if (group_ahead < groups) {
-        const int i_h = ahead.i_h * groups + group_ahead, count = count_of(queries, tile_ahead);
-        fetch<threads>(queries.x.at(ahead.i_b, i_h) + first * queries.x.l, queries.x.l, count, to);
-        fetch<threads>(queries.y.at(ahead.i_b, i_h) + first * queries.y.l, queries.y.l, count, to + slab);
-        if (++tile_ahead == query_tiles) {
-          tile_ahead = 0;
-          ++group_ahead;
-        }
-      } else {
-        const int count = count_of(keys, tile_ahead);
-        const bool* mask = keys.mask == nullptr ? nullptr : keys.mask + ahead.i_b * keys.length + first;
-        fetch<threads>(keys.x.at(ahead.i_b, ahead.i_h) + first * keys.x.l, keys.x.l, count, to, mask);
-        fetch<threads>(keys.y.at(ahead.i_b, ahead.i_h) + first * keys.y.l, keys.y.l, count, to + slab, mask);
-        if (++tile_ahead == key_tiles) {
-          tile_ahead = group_ahead = 0;
-          if (++unit_ahead < units.end) {
-            ahead = units.place(keys, unit_ahead);
+    if constexpr (!Fresh) {
+      if (unit_ahead < units.end) {
+        uint4* to = stages + next_stage * 2 * slab;
+        if (group_ahead < groups) {
+          start_queries(ahead, group_ahead, tile_ahead, to);
+          if (++tile_ahead == query_tiles) {
+            tile_ahead = 0;
+            ++group_ahead;
+          }
+        } else {
+          start_keys(ahead, tile_ahead, to);
+          if (++tile_ahead == key_tiles) {
+            tile_ahead = group_ahead = 0;
+            if (++unit_ahead < units.end) {
+              ahead = units.place(keys, unit_ahead);
+            }
           }
         }
+        next_stage = next_stage + 1 == Of::stages ? 0 : next_stage + 1;
       }
-      next_stage = next_stage + 1 == Of::stages ? 0 : next_stage + 1;
+      copies_end();
     }
-    copies_end();
   };
-  fill_projection<T, M, threads>(keys.projection, ahead.i_h, omega);
-#pragma unroll
-  for (int i = 1; i < Of::stages; ++i) {
-    start_next();
-  }
   const auto next_tile = [&] {
     uint4* rows = stages + stage * 2 * slab;
     stage = stage + 1 == Of::stages ? 0 : stage + 1;
@@ -1838,29 +1958,56 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, O
     __syncthreads();  // this stage is there, and everyone has left the one before
     return rows;
   };
+  uint4* query_stage = stages + 2 * 2 * slab;
+  const auto key_stage = [&](uint32_t n) { return stages + (n - units.begin) % 2 * 2 * slab; };
+  fill_projection<T, M, threads>(keys.projection, ahead.i_h, omega);
+  if constexpr (Fresh) {
+    start_keys(ahead, 0, key_stage(units.begin));
+    copies_end();
+    start_queries(ahead, 0, 0, query_stage);
+    copies_end();
+  } else {
+#pragma unroll
+    for (int i = 1; i < Of::stages; ++i) {
+      start_next();
+    }
+  }
   const float square = keys.norm * keys.scale * keys.scale;
   const QueryMemory<T> of_queries{omega, means, weights, exponents, deltas, row_sums, half_products};
   const KeyMemory of_keys{omega, means, exponents, dy, row_sums, half_products};
   std::conditional_t<Omega, OmegaSum<T, F>, NoSum> omega_sum{gradients, results, sizes};
   for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
     const Place at = units.place(keys, n_unit);
+    const float* bias = keys.bias == nullptr ? nullptr : keys.bias + at.i_h * keys.bias_h;
     float key_exponent = none;  // of this thread's feature
-    fill_means<T, M, threads, Of::mean_parts>(keys.kv + at.head * (M * width), keys.z + at.head * M, means, common);
-    if (threadIdx.x < M) {
-      const float z = keys.z[at.head * M + threadIdx.x], c = keys.log_scale[at.head * M + threadIdx.x];
-      const float bias = keys.bias == nullptr ? 0.0f : keys.bias[at.i_h * keys.bias_h + threadIdx.x];
-      exponents[threadIdx.x] = z > 0.0f ? (c + bias) * log2e + log2f(z) : none;
-      key_exponent = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : none;
-    }
-    if (n_unit + 1 < units.end) {
-      const int64_t state = units.place(keys, n_unit + 1).head * M;
-#pragma unroll
-      for (int i = threadIdx.x * 32; i < M * width; i += threads * 32) {
-        prefetch(keys.kv + state * width + i);
+    if constexpr (Fresh) {
+      copies_wait<1>();
+      copies_visible();
+      __syncthreads();  // keys are there, and everyone has left those before, dU and y
+      if (n_unit + 1 < units.end) {
+        start_keys(units.place(keys, n_unit + 1), 0, key_stage(n_unit + 1));
       }
-      if (threadIdx.x < M && threadIdx.x % 32 == 0) {
-        prefetch(keys.z + state + threadIdx.x);
-        prefetch(keys.log_scale + state + threadIdx.x);
+      copies_end();
+      sum_values<T, M, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
+                           keys.scale, square, bias, means, common, exponents, reinterpret_cast<float*>(weights));
+    } else {
+      fill_means<T, M, threads, Of::mean_parts>(keys.kv + at.head * (M * width), keys.z + at.head * M, means, common);
+      if (threadIdx.x < M) {
+        const float z = keys.z[at.head * M + threadIdx.x], c = keys.log_scale[at.head * M + threadIdx.x];
+        const float b = bias == nullptr ? 0.0f : bias[threadIdx.x];
+        exponents[threadIdx.x] = z > 0.0f ? (c + b) * log2e + log2f(z) : none;
+        key_exponent = z > 0.0f ? (b - c) * log2e - log2f(z) + key_shift<T> : none;
+      }
+      if (n_unit + 1 < units.end) {
+        const int64_t state = units.place(keys, n_unit + 1).head * M;
+#pragma unroll
+        for (int i = threadIdx.x * 32; i < M * width; i += threads * 32) {
+          prefetch(keys.kv + state * width + i);
+        }
+        if (threadIdx.x < M && threadIdx.x % 32 == 0) {
+          prefetch(keys.z + state + threadIdx.x);
+          prefetch(keys.log_scale + state + threadIdx.x);
+        }
       }
     }
 
@@ -1868,13 +2015,37 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, O
     for (int i_h = at.i_h * groups; i_h < (at.i_h + 1) * groups; ++i_h) {
       T* to = queries.dx + (at.i_b * queries.heads + i_h) * queries.length * width;
       for (int i_tile = 0; i_tile < query_tiles; ++i_tile, to += tile * width) {
-        uint4* rows = next_tile();
+        uint4* rows = query_stage;
+        if constexpr (!Fresh) {
+          rows = next_tile();
+        } else if (i_h == at.i_h * groups) {
+          copies_wait<1>();
+          copies_visible();
+          __syncthreads();  // queries, U and what goes with it are there
+        } else {
+          __syncthreads();  // everyone has left the queries before
+          start_queries(at, i_h - at.i_h * groups, 0, rows);
+          copies_end();
+          copies_wait<0>();
+          copies_visible();
+          __syncthreads();
+        }
         query_tile<T, M, Of>(of_queries, rows, rows + slab, count_of(queries, i_tile), queries.scale, to, dmeans,
                              of_deltas, omega_sum, start_next);
       }
     }
-    __syncthreads();  // everyone has left U and the weights
+    __syncthreads();  // everyone has left U, the weights and the last queries
+    if constexpr (Fresh) {
+      if (n_unit + 1 < units.end) {
+        start_queries(units.place(keys, n_unit + 1), 0, 0, query_stage);
+      }
+      copies_end();
+    }
     if (threadIdx.x < M) {
+      if (Fresh && exponents[threadIdx.x] > none) {
+        const float b = bias == nullptr ? 0.0f : bias[threadIdx.x];
+        key_exponent = 2.0f * log2e * b - exponents[threadIdx.x] + key_shift<T>;
+      }
       exponents[threadIdx.x] = key_exponent;
     }
     float* r = Omega && keys.parts != nullptr ? keys.parts + at.head * M : nullptr;
@@ -1883,13 +2054,20 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega>::threads, HeadLayout<M, O
       omega_sum.grow(fmaxf(omega_sum.common, back));
     }
     for (int i_tile = 0; i_tile < key_tiles; ++i_tile) {
-      uint4* rows = next_tile();
-      const int64_t first = static_cast<int64_t>(i_tile) * tile, to = (at.head * keys.length + first) * width;
-      const bool* mask = keys.mask == nullptr ? nullptr : keys.mask + at.i_b * keys.length + first;
-      key_tile<T, F, 1, Of::groups, true>(of_keys, base, rows, rows + slab, count_of(keys, i_tile), mask, keys.scale,
-                                          square, back, keys.dx + to, keys.dy + to, omega_sum, start_next);
+      uint4* rows = key_stage(n_unit);
+      if constexpr (Fresh) {
+        copies_visible();
+        __syncthreads();  // dU and y are there
+      } else {
+        rows = next_tile();
+      }
+      const int64_t to = (at.head * keys.length + static_cast<int64_t>(i_tile) * tile) * width;
+      key_tile<T, F, 1, Of::groups, true>(of_keys, base, rows, rows + slab, count_of(keys, i_tile), mask_of(at, i_tile),
+                                          keys.scale, square, back, keys.dx + to, keys.dy + to, omega_sum, start_next);
     }
-    __syncthreads();  // everyone has left dU and y
+    if constexpr (!Fresh) {
+      __syncthreads();  // everyone has left dU and y
+    }
   }
   if constexpr (Omega) {
     omega_sum.store(keys.omega_parts + static_cast<int64_t>(blockIdx.x) * (M * width), base, keys.scale);
@@ -1960,9 +2138,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     STD_TORCH_CHECK(x.is_contiguous() && x.numel() == count, op, ": ", argument, " must be contiguous, of ", count,
                     " numbers");
   };
-  check_floats("last_kv", last_kv, B * Hk * M * width);
-  check_floats("last_z", last_z, B * Hk * M);
-  check_floats("last_log_scale", last_log_scale, B * Hk * M);
+  // Heads of one tile need no state.
+  const bool one_tile = L > 0 && S > 0 && L <= tile && S <= tile && M <= 128,
+             has_state = !one_tile || last_z.numel() > 0;
+  check_floats("last_kv", last_kv, has_state ? B * Hk * M * width : 0);
+  check_floats("last_z", last_z, has_state ? B * Hk * M : 0);
+  check_floats("last_log_scale", last_log_scale, has_state ? B * Hk * M : 0);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(last_kv.const_data_ptr()) % 16 == 0, op,
                   ": last_kv must be aligned to 16 bytes");
   if (bias) {
@@ -2052,9 +2233,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       overlaps = false;
       run_blocks(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
     };
-    const auto try_whole = [&](auto with_omega) {
-      constexpr bool omega = with_omega;
-      using Whole = HeadLayout<M, omega>;
+    const auto try_whole = [&](auto with_omega, auto is_fresh) {
+      constexpr bool omega = with_omega, fresh = is_fresh;
+      using Whole = HeadLayout<M, omega, fresh>;
       const int64_t places = multiprocessors * Whole::blocks;
       keys.share = static_cast<int>(key_tiles);
       keys.blocks = 1;
@@ -2066,7 +2247,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       const int64_t apart =
           time_of(share_of(query_tiles, B * H, query_places, 4), query_tiles, B * H, query_places, 4) +
           time_of(share_of(key_tiles, B * Hk, key_places, 2), key_tiles, B * Hk, key_places, 2);
-      if (whole > apart) {
+      if (has_state && whole > apart) {
         return false;
       }
       if constexpr (omega) {
@@ -2076,16 +2257,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
           keys.parts = static_cast<float*>(parts.mutable_data_ptr());
         }
       }
-      run_blocks(head_gradient_kernel<T, M, omega>, sets * keys.walkers, 1, Whole::threads, Whole::bytes, queries,
-                 keys);
+      run_blocks(head_gradient_kernel<T, M, omega, fresh>, sets * keys.walkers, 1, Whole::threads, Whole::bytes,
+                 queries, keys);
       if constexpr (omega) {
         add_slots(keys.parts, 1, M);
       }
       return true;
     };
     if constexpr (M <= 128) {
+      constexpr std::true_type yes;
+      constexpr std::false_type no;
       if (B * H * query_tiles > 0 && B * Hk * key_tiles > 0 &&
-          (need_omega ? try_whole(std::true_type{}) : try_whole(std::false_type{}))) {
+          (need_omega ? one_tile ? try_whole(yes, yes) : try_whole(yes, no)
+           : one_tile ? try_whole(no, yes)
+                      : try_whole(no, no))) {
         return;
       }
     }
