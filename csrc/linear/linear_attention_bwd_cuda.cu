@@ -1900,10 +1900,11 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
 
   const Units units(keys);
   const int groups = keys.groups;
-  const int query_tiles = static_cast<int>((queries.length + tile - 1) / tile);
-  const int key_tiles = static_cast<int>((keys.length + tile - 1) / tile);
+  const int query_tiles = Fresh ? 1 : static_cast<int>((queries.length + tile - 1) / tile);
+  const int key_tiles = Fresh ? 1 : static_cast<int>((keys.length + tile - 1) / tile);
   const auto count_of = [](const Args<T>& args, int i_tile) {
-    return static_cast<int>(min(static_cast<int64_t>(tile), args.length - static_cast<int64_t>(i_tile) * tile));
+    const int64_t left = args.length - static_cast<int64_t>(i_tile) * tile;
+    return static_cast<int>(Fresh ? left : min(static_cast<int64_t>(tile), left));
   };
   const auto start_queries = [&](const Place& of, int group, int i_tile, uint4* to) {
     const int i_h = of.i_h * groups + group, count = count_of(queries, i_tile);

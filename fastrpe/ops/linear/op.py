@@ -136,16 +136,17 @@ def is_short(
 ) -> bool:
     """Whether a backend takes a head's tokens at once and its gradients need no state: for up to 64 tokens the state
     is larger than they are."""
-    if backend != "triton" or (dtype or q.dtype) != torch.bfloat16 or causal or not normalize or cu_seqlens is not None:
+    native = backend == "native" and q.is_cuda
+    if not (native or (backend == "triton" and (dtype or q.dtype) == torch.bfloat16)):
+        return False
+    if causal or not normalize or cu_seqlens is not None:
         return False
     D, V, F = q.shape[-1], v.shape[-1], size_of(q, omega, kind)
-    return (
-        kind != "trigonometric"
-        and 0 < q.shape[2] <= 64
-        and 0 < k.shape[2] <= 64
-        and all(n in (32, 64) for n in (D, V))
-        and 32 <= F <= 128
-    )
+    if native:
+        fits = F in (64, 128)
+    else:
+        fits = kind != "trigonometric" and all(n in (32, 64) for n in (D, V)) and 32 <= F <= 128
+    return fits and 0 < q.shape[2] <= 64 and 0 < k.shape[2] <= 64
 
 
 def _without_state(results: Results) -> Results:
