@@ -88,9 +88,10 @@ template <int M, bool Omega, bool Fresh>
 struct HeadLayout {
   static constexpr int groups = Omega && M > 64 ? 2 : 1, features = M / groups, threads = 128 * groups;
   static constexpr int stages = M > 64 || Fresh ? 3 : 2, blocks = M > 64 ? 2 - Omega : Omega || Fresh ? 2 : 3;
-  static constexpr int matrix = M * width / 8, mean_parts = 2;
+  static constexpr int matrix = M * width / 8;
+  static constexpr int mean_parts = 2;  // U as it is
   static constexpr int halves = groups > 1 ? 2 * groups * 16 * 128 : 0, rows = groups > 1 ? groups * tile : 0;
-  static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile + width) +
+  static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile) +
                                   (Omega ? 16 * (matrix + slab) + 4 * (halves + 2 * rows + 8) : 0);
 };
 
@@ -244,10 +245,9 @@ __device__ __forceinline__ void store_features(float* part, int base, const floa
   }
 }
 
-// Makes U, less the mean of the first 16 features, as the sum of Parts matrices; that mean too where it is wanted.
-template <typename T, int M, int Threads, int Parts>
-__device__ __forceinline__ void fill_means(const float* kv, const float* z, uint4* means,
-                                           float* shared_common = nullptr) {
+// Makes U as the sum of Parts matrices; where Centred, less the mean of the first 16 features.
+template <typename T, int M, int Threads, int Parts, bool Centred = true>
+__device__ __forceinline__ void fill_means(const float* kv, const float* z, uint4* means) {
   const int u = threadIdx.x % 8;
   const auto mean = [&](float (&x)[8], int f) {
     const float sum = z[f], factor = sum > 0.0f ? 1.0f / sum : 0.0f;
@@ -260,24 +260,20 @@ __device__ __forceinline__ void fill_means(const float* kv, const float* z, uint
     }
   };
   float common[8] = {};
+  if constexpr (Centred) {
 #pragma unroll
-  for (int f = 0; f < 16; f += 4) {
-    float x[8];
-    mean(x, f + threadIdx.x % 32 / 8);
+    for (int f = 0; f < 16; f += 4) {
+      float x[8];
+      mean(x, f + threadIdx.x % 32 / 8);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      common[e] += x[e] / 16;
+      for (int e = 0; e < 8; ++e) {
+        common[e] += x[e] / 16;
+      }
     }
-  }
 #pragma unroll
-  for (float& x : common) {
-    x += __shfl_xor_sync(~0u, x, 8);
-    x += __shfl_xor_sync(~0u, x, 16);
-  }
-  if (shared_common != nullptr && threadIdx.x < 8) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      shared_common[u * 8 + e] = common[e];
+    for (float& x : common) {
+      x += __shfl_xor_sync(~0u, x, 8);
+      x += __shfl_xor_sync(~0u, x, 16);
     }
   }
 #pragma unroll
@@ -1657,12 +1653,12 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// Makes U, less the mean of the first 16 features, of one tile of keys as the sum of two matrices, that mean, and what
-// features add to queries' exponents. `norms` are 64 numbers of shared memory.
+// Makes U of one tile of keys as the sum of two matrices, and what features add to queries' exponents. `norms` are 64
+// numbers of shared memory.
 template <typename T, int M, typename Of>
 __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile_k, const uint4* tile_v, int count,
                                            const bool* mask, float scale, float square, const float* bias, uint4* means,
-                                           float* common, float* exponents, float* norms) {
+                                           float* exponents, float* norms) {
   constexpr int parts = Of::features / 64;
   const int base = Of::groups > 1 ? threadIdx.x / 128 * Of::features : 0;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
@@ -1693,25 +1689,24 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
       norms[key] = key < count && (mask == nullptr || mask[key]) ? sum * (-0.5f * log2e * square) : none;
     }
   }
-  __syncthreads();  // all norms are there
+  __syncthreads();          // all norms are there
+  float inverse[parts][2];  // of the sum of a feature's weights
 #pragma unroll
   for (int n = 0; n < parts; ++n) {
     float top[2] = {-INFINITY, -INFINITY}, z[2] = {};
-    if (n + 1 < parts) {
-      products_wait<1>(p[n]);
-    } else {
-      products_wait(p[n]);
-    }
+    products_wait<(parts > 1)>(p[n]);
     add_exponents(p[n], scale * log2e, norms, top);
-    top[0] = largest_of_four(top[0]);
-    top[1] = largest_of_four(top[1]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = largest_of_four(top[r]) - key_shift<T>;
+    }
     uint32_t a[4][4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = exp2_approximate(p[n][8 * s + 2 * i] - top[i % 2] + key_shift<T>);
-        const float y = exp2_approximate(p[n][8 * s + 2 * i + 1] - top[i % 2] + key_shift<T>);
+        const float x = exp2_approximate(p[n][8 * s + 2 * i] - top[i % 2]);
+        const float y = exp2_approximate(p[n][8 * s + 2 * i + 1] - top[i % 2]);
         z[i % 2] += x + y;
         a[s][i] = pack<T>(x, y);
       }
@@ -1722,41 +1717,30 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
       multiply<T, Inner::b>(u[n], a[s], operand(tile_v + s * 128), s > 0);
     }
     products_end();
-    float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       z[r] = sum_of_four(z[r]);
-      inverse[r] = 1.0f / z[r];
+      inverse[n][r] = 1.0f / z[r];
       const int f = base + n * 64 + warp * 16 + g + 8 * r;
       if (t == 0) {
         const float b = bias == nullptr ? 0.0f : bias[f];
-        exponents[f] = top[r] > 0.5f * none ? top[r] + log2f(z[r]) - key_shift<T> + 2.0f * log2e * b : none;
+        exponents[f] = top[r] > 0.5f * none ? top[r] + log2f(z[r]) + 2.0f * log2e * b : none;
       }
     }
-    products_wait(u[n]);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      u[n][i] *= inverse[i / 2 % 2];
-    }
   }
-  if (threadIdx.x < 32) {
-    float x[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      x[i] = (u[0][i / 2 * 4 + i % 2] + u[0][i / 2 * 4 + i % 2 + 2]) / 16;
-    }
-    store_column_sums(x, common);
-  }
-  __syncthreads();  // the mean is there
 #pragma unroll
   for (int n = 0; n < parts; ++n) {
+    if (n + 1 < parts) {
+      products_wait<1>(u[n]);
+    } else {
+      products_wait(u[n]);
+    }
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       uint32_t high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 middle = reinterpret_cast<const float2*>(common)[8 * s + i / 2 * 4 + t];
-        const float x = u[n][8 * s + 2 * i] - middle.x, y = u[n][8 * s + 2 * i + 1] - middle.y;
+        const float x = u[n][8 * s + 2 * i] * inverse[n][i % 2], y = u[n][8 * s + 2 * i + 1] * inverse[n][i % 2];
         high[i] = pack<T>(x, y);
         const float2 rounded = unpack<T>(high[i]);
         low[i] = pack<T>(x - rounded.x, y - rounded.y);
@@ -1768,11 +1752,11 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
   }
 }
 
-// Makes dU in 16 bits where U's first part is, and y = U dU_16 - r of the same features, where r = U_16 dU - sum_i w
-// delta, U_16 is U less `common`, and the sum is what query_tile leaves in dy; with dW, r is there. `sums` are 8 M + 8
-// numbers of shared memory. Stores r where that is not null. Returns what undoes the scaling of float16.
+// Makes dU in 16 bits where U's first part is, and y = U dU_16 - r of the same features, where r = U dU - sum_i w
+// delta, and the sum is what query_tile leaves in dy; with dW, r is there. `sums` are 8 M + 8 numbers of shared memory.
+// Stores r where that is not null. Returns what undoes the scaling of float16.
 template <typename T, int M, typename Of, typename Sum>
-__device__ __forceinline__ float take_dmeans(uint4* means, const float* common, const float (&dmeans)[Of::features / 2],
+__device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)[Of::features / 2],
                                              const float (&dy)[Of::features / 64][4], Sum& omega_sum, float* sums,
                                              float* y, float* r) {
   constexpr bool is_half = std::is_same_v<T, Half>, omega = sums_omega<Sum>;
@@ -1780,7 +1764,6 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
   uint4* own = means + piece(base + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);  // a step of 16 rows keeps it
-  const float middle[2] = {common[warp * 16 + g], common[warp * 16 + g + 8]};
   float *of_queries = sums + 4 * M, *largest = of_queries + 4 * M;
   if constexpr (omega) {
     store_column_sums(omega_sum.of_rows, of_queries + warp * M + base);
@@ -1799,7 +1782,7 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
   const auto sum_of = [](const float* x) {
     return (x[threadIdx.x] + x[M + threadIdx.x]) + (x[2 * M + threadIdx.x] + x[3 * M + threadIdx.x]);
   };
-  // r, or without dW r less U_16 dU.
+  // r, or without dW r less U dU.
   const auto r_of_queries = [&] { return omega ? sum_of(of_queries) : -of_queries[threadIdx.x]; };
   // Calls f for an element of dU that this thread holds and of U, and for the number of its column of the thread's.
   const auto each_pair = [&](int s, auto&& f) {
@@ -1854,8 +1837,8 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float* common, 
       x1 *= factor;
       x[i] = pack<T>(x0, x1);
       const float2 rounded = unpack<T>(x[i]);
-      products[column] += u0 * (rounded.x - (omega ? 0.0f : x0)) + middle[i % 2] * rounded.x;
-      products[column + 1] += u1 * (rounded.y - (omega ? 0.0f : x1)) + middle[i % 2] * rounded.y;
+      products[column] += u0 * (rounded.x - (omega ? 0.0f : x0));
+      products[column + 1] += u1 * (rounded.y - (omega ? 0.0f : x1));
     });
     __syncwarp();
     store_matrices<true>(own + s * 128, x);
@@ -1892,8 +1875,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
   uint4* results = gradients + (Omega ? Of::matrix : 0);  // dq
   float* exponents = reinterpret_cast<float*>(results + (Omega ? slab : 0));
   T* deltas = reinterpret_cast<T*>(exponents + M);                           // (2, tile)
-  float* common = reinterpret_cast<float*>(deltas + 2 * tile);               // what is taken off U
-  float* half_products = common + width;                                     // (2, groups, 16, 128)
+  float* half_products = reinterpret_cast<float*>(deltas + 2 * tile);        // (2, groups, 16, 128)
   float2* row_sums = reinterpret_cast<float2*>(half_products + Of::halves);  // (groups, tile)
   float* sizes = reinterpret_cast<float*>(row_sums + Of::rows);              // of each warp
   float *dy = reinterpret_cast<float*>(weights), *sums = dy + M;             // while there are no weights
@@ -1990,9 +1972,9 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
       }
       copies_end();
       sum_values<T, M, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
-                           keys.scale, square, bias, means, common, exponents, reinterpret_cast<float*>(weights));
+                           keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights));
     } else {
-      fill_means<T, M, threads, Of::mean_parts>(keys.kv + at.head * (M * width), keys.z + at.head * M, means, common);
+      fill_means<T, M, threads, Of::mean_parts, false>(keys.kv + at.head * (M * width), keys.z + at.head * M, means);
       if (threadIdx.x < M) {
         const float z = keys.z[at.head * M + threadIdx.x], c = keys.log_scale[at.head * M + threadIdx.x];
         const float b = bias == nullptr ? 0.0f : bias[threadIdx.x];
@@ -2050,7 +2032,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
       exponents[threadIdx.x] = key_exponent;
     }
     float* r = Omega && keys.parts != nullptr ? keys.parts + at.head * M : nullptr;
-    const float back = take_dmeans<T, M, Of>(means, common, dmeans, of_deltas, omega_sum, sums, dy, r);
+    const float back = take_dmeans<T, M, Of>(means, dmeans, of_deltas, omega_sum, sums, dy, r);
     if constexpr (Omega && std::is_same_v<T, Half>) {  // the sum over heads is relative to the largest so far
       omega_sum.grow(fmaxf(omega_sum.common, back));
     }
