@@ -20,12 +20,15 @@
 // U and dU are rounded to 16 bits, which must not show where differences are small. Queries do not see a vector common
 // to all U_f: it is taken off before. A key with nearly all of a feature's weight has v = U_f, and its v dU_f - U_f
 // dU_f is to cancel: y_f takes the rounded dU_f, and r_f the rounded U_f. Other roundings are relative to differences;
-// where shared memory has room, queries take U as the sum of two numbers all the same.
+// where shared memory has room, queries take U as the sum of two numbers all the same (alone, for short heads).
 //
 // One kernel takes queries, another keys, each in one pass over memory. Tiles of a head side by side are a unit, which
 // leaves its part of dU and r in a slot of its own. Where dW = scale (ds^T q + ds^T k) is wanted too, a block takes
 // several units whose heads have the same projection, and leaves the sum over them in a slot. Slots are added in order,
 // so the result is deterministic. With 256 features the registers do not hold all of that, and dW takes another pass.
+//
+// Of short heads U and dU are more than the rows. A third kernel takes a key head at a time, its queries and then its
+// keys, and dU stays in shared memory; of heads of one tile it makes U again, so that they need no state.
 namespace fastrpe {
 namespace linear {
 namespace {

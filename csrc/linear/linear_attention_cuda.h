@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(const Tensor& q
                                                                  bool need_state);
 
 // Gradients of q, k, v, omega, bias, kv and z; an empty tensor where there is nothing or no need. Of the same cases,
-// bidirectional, from the forward's state, which has no gradient of its own; those of omega and bias are float32.
+// bidirectional, from the forward's state, which has no gradient of its own; those of omega and bias are float32. With
+// up to 64 queries and keys and up to 128 features the state may be empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd_cuda(
     const Tensor& dout,                // (B, H, L, V)
     const std::optional<Tensor>& dkv,  // (N, Hk, F, V)
