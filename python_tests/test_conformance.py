@@ -119,7 +119,8 @@ def test_names_and_order_agree(op: str) -> None:
     names = [part for n in public for part in parts.get(n, [n])]
     assert list(inspect.signature(REFERENCES[op]).parameters) == names
     schema = [a.name for a in getattr(torch.ops.fastrpe, op).default._schema.arguments]
-    assert schema == [*names, "backend"]
+    inner = ["need_state"] if op == "linear_attention" else []  # which follows from the public arguments
+    assert schema == [*names, *inner, "backend"]
     kernels = {}
     if not problem("native", "cpu"):
         native = getattr(torch.ops.fastrpe_native, op).default
@@ -128,7 +129,8 @@ def test_names_and_order_agree(op: str) -> None:
         triton_impl = importlib.import_module(REFERENCES[op].__module__.replace("reference", "triton_impl"))
         kernels["triton"] = list(inspect.signature(getattr(triton_impl, op)).parameters)
     for backend, found in kernels.items():  # the product with a basis may be left to PyTorch
-        found = ["a" if n == "bias" else n for n in found]  # OPRF's a comes as a bias of the exponents
+        # OPRF's a comes as a bias of the exponents, what needs no state as `short`
+        found = ["a" if n == "bias" else n for n in found if n not in (*inner, "short")]
         assert found == [n for n in names if n in found], backend
         assert set(names) - set(found) <= {"basis"}, backend
 
