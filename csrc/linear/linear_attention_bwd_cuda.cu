@@ -2251,12 +2251,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       return true;
     };
     if constexpr (M <= 128) {
-      constexpr std::true_type yes;
-      constexpr std::false_type no;
+      const auto try_tiles = [&](auto with_omega) {
+        return one_tile ? try_whole(with_omega, std::true_type{}) : try_whole(with_omega, std::false_type{});
+      };
       if (B * H * query_tiles > 0 && B * Hk * key_tiles > 0 &&
-          (need_omega ? one_tile ? try_whole(yes, yes) : try_whole(yes, no)
-           : one_tile ? try_whole(no, yes)
-                      : try_whole(no, no))) {
+          (need_omega ? try_tiles(std::true_type{}) : try_tiles(std::false_type{}))) {
         return;
       }
     }
