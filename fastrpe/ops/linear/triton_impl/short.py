@@ -21,6 +21,8 @@ from .tiles import (
     nonlinear,
     on_device,
     operand,
+    operands,
+    operands_times,
     pad,
     project,
     project_t,
@@ -103,6 +105,7 @@ def _short_gradients_kernel(
 ):  # fmt: skip
     """Of query heads walker, walker + walkers, ... of a set of them, which have the same projection."""
     WIDE: tl.constexpr = DTYPE == tl.float32
+    TWO: tl.constexpr = KIND == EXP and DTYPE == tl.bfloat16
     i_set, walker = tl.program_id(0) % sets, tl.program_id(0) // sets
     heads = H // sets
     o_f, o_s, o_d = tl.arange(0, BF), tl.arange(0, BS), tl.arange(0, BD)
@@ -123,18 +126,25 @@ def _short_gradients_kernel(
         b_dout = load_rows(dout + i_b * dout_b + i_h * dout_h, 0, dout_l, L, V, BL, BV).to(DTYPE)
         b_pk, b_n = _keys(b_k, m_s, b_omega, o_f, F, b_bias, scale, exponent, eps, KIND, NORM, WIDE, PRECISION)
         b_pq = _queries(b_q, b_omega, b_n, b_bias, scale, exponent, eps, KIND, WIDE, PRECISION)
-        b_pk, b_pq = operand(b_pk, DTYPE, PRECISION), operand(b_pq, DTYPE, PRECISION)
+        # What nearly cancels, where attention is nearly uniform or of one key, enters products in two numbers.
+        b_pk, b_pk_rest = operands(b_pk, KIND, DTYPE, PRECISION)
+        b_pq = operand(b_pq, DTYPE, PRECISION)
         b_a = tl.dot(b_pq, b_pk, input_precision=PRECISION)
+        if TWO:
+            b_a = tl.dot(b_pq, b_pk_rest, b_a, input_precision=PRECISION)
         b_den = tl.sum(b_a, 1)
         b_g = tl.where(b_den == 0.0, 0.0, 1.0 / tl.where(b_den == 0.0, 1.0, b_den))[:, None]
         b_a *= b_g
         b_da = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_da = operand((b_da - tl.sum(b_a * b_da, 1)[:, None]) * b_g, DTYPE, PRECISION)
+        b_da = (b_da - tl.sum(b_a * b_da, 1)[:, None]) * b_g
+        b_da, b_da_rest = operands(b_da, KIND, DTYPE, PRECISION)
         b_a = operand(b_a, DTYPE, PRECISION)
         b_dv = tl.dot(tl.trans(b_a), b_dout, input_precision=PRECISION)
         store_rows(dv + i_bh * S * V, b_dv, 0, V, S, V, BS, BV)
         # Projections are made again where their slopes are wanted: registers do not hold them as well.
-        b_ds = tl.dot(b_da, tl.trans(b_pk), input_precision=PRECISION)
+        b_ds = operands_times(b_da, b_da_rest, b_pk, KIND, DTYPE, PRECISION)
+        if TWO:
+            b_ds = tl.dot(b_da, tl.trans(b_pk_rest), b_ds, input_precision=PRECISION)
         b_ds *= b_pq.to(tl.float32) if KIND == EXP else slope(project(b_q, b_omega, PRECISION) * scale, KIND)
         b_ds = operand(b_ds, DTYPE, PRECISION)
         b_dq = tl.dot(b_ds, b_omega.to(DTYPE), input_precision=PRECISION) * scale
@@ -144,6 +154,8 @@ def _short_gradients_kernel(
             if BIASED:
                 b_db += tl.sum(b_ds.to(tl.float32), 0)
         b_ds = tl.dot(tl.trans(b_pq), b_da, input_precision=PRECISION)
+        if TWO:
+            b_ds = tl.dot(tl.trans(b_pq), b_da_rest, b_ds, input_precision=PRECISION)
         if KIND == EXP:
             b_ds *= b_pk.to(tl.float32)
         else:
