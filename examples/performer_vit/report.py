@@ -117,14 +117,14 @@ def _accuracy(study: str, group: dict[str, Runs], timing: dict[str, Any] | None)
 
     def seconds(runs: Runs) -> str:
         name = runs[0]["variant"]
-        if timing and name in rows:
-            return f"{epoch_seconds(timing, name):.3f}"
+        if timing:  # times that came with other work do not stand beside times that did not
+            return f"{epoch_seconds(timing, name):.3f}" if name in rows else "-"
         return f"{_middle(runs, 'train_seconds_per_epoch'):.2f}"
 
     def inference(runs: Runs) -> str:
         name = runs[0]["variant"]
-        if name in rows:
-            return f"{rows[name]['inference_ms_per_10000']:.1f}"
+        if timing:
+            return f"{rows[name]['inference_ms_per_10000']:.1f}" if name in rows else "-"
         return f"{10 * _middle(runs, 'inference_ms_per_1000'):.1f}"
 
     columns = {
@@ -202,10 +202,10 @@ def _timed(timings: dict[str, dict[str, Any]], study: str, name: str) -> bool:
 
 
 def _seconds(found: dict[str, dict[str, Runs]], timings: dict[str, dict[str, Any]], study: str, name: str) -> str:
-    """Of an epoch: timed in turns, or else as it came."""
+    """Of an epoch: timed in turns, or where no length was, as it came."""
     if _timed(timings, study, name):
         return f"{epoch_seconds(timings[study], name):.3f}"
-    runs = found.get(study, {}).get(name)
+    runs = [] if any(s in timings for s in OF_LENGTH) else found.get(study, {}).get(name, [])
     return f"{_middle(runs, 'train_seconds_per_epoch'):.2f}" if runs else "-"
 
 
@@ -225,7 +225,9 @@ def tradeoff_plot(out: Path) -> str:
             colour, marker = LOOKS[name]
             mean, deviation = results.spread(accuracies(runs))
             x = [_middle(runs, "train_seconds_per_epoch"), 10 * _middle(runs, "inference_ms_per_1000")]
-            if _timed(timings, study, name):
+            if study in timings and not _timed(timings, study, name):
+                continue
+            if study in timings:
                 x = [epoch_seconds(timings[study], name), timings[study]["rows"][name]["inference_ms_per_10000"]]
             for axis, time in zip(line, x):
                 look = dict(color=colour, marker=marker, markersize=7, capsize=3, linestyle="")
