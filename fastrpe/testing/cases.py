@@ -434,7 +434,7 @@ CASES: tuple[Case, ...] = (
     linear_case("short", L=64, D=64, V=64, M=128),
     linear_case("short-cross", L=49, S=33, D=64, V=32, M=64, per_head=True, masked=True, kind="oprf", a=-0.1),
     linear_case("short-relu", H=2, Hk=2, L=49, D=64, V=64, M=64, per_head=True, masked=True, kind="relu", eps=1e-3),
-    linear_case("short-exp", H=2, Hk=2, L=17, D=64, V=64, M=64, kind="exp"),
+    linear_case("short-exp", H=2, Hk=2, L=17, D=64, V=64, M=64, kind="exp", scale=0.4),
     linear_case("short-oprf", H=3, Hk=3, L=49, S=64, D=64, V=64, M=64, per_head=True, masked=True, kind="oprf", a=-0.1),
     linear_case("short-tiles", H=3, Hk=3, L=100, S=128, D=64, V=64, M=128, per_head=True),
     linear_case("cross-heads-masked", L=150, S=33, per_head=True, masked=True),
