@@ -13,14 +13,14 @@ from typing import Any
 Row = dict[str, Any]
 
 OURS = ("native", "triton", "reference", "reference-compile")
-MODES = ("fwd", "fwd-graph", "bwd", "fwd+bwd")
+MODES = ("fwd", "fwd-graph", "bwd", "fwd+bwd", "fwd+bwd-graph")
 HEAD = """# Benchmarks
 
 Written by `make report` from `bench/results/`; `make bench` measures. Times are medians, in milliseconds, of
 back-to-back calls after warm-up, on random data and on more memory than the last cache holds. *Floor* is the larger of
 the bytes that must move (each input read once, each output written once) at the copy rate and the operations at their
 unit's rate, both measured in the same run. In brackets beside a time: floor over time, 1.00 at best. MiB is what a call
-allocates at its peak, results included. `fwd-graph` replays a CUDA graph: no launch cost.
+allocates at its peak, results included. `-graph` replays a CUDA graph: no launch cost.
 
 Our backends are in bold, the fastest time of a column in italics. `eager` and `compile` are the usual PyTorch formula
 on ready tables of cosines, with a basis one product per head before it; `liger` and `fla` are those packages' kernels
@@ -69,7 +69,11 @@ def table(rows: list[Row]) -> Iterable[str]:
     at = {(row["backend"], row["mode"]): row for row in rows}
     best = {m: min(row["ms"] for row in rows if row["mode"] == m) for m in modes}
     floors = {m: next(row["floor_ms"] for row in rows if row["mode"] == m) for m in modes}
-    peaks = [m for m in modes if any(row["mode"] == m and row["peak_mib"] is not None for row in rows)]
+    peaks = [
+        m
+        for m in modes
+        if not m.endswith("-graph") and any(row["mode"] == m and row["peak_mib"] is not None for row in rows)
+    ]
     yield (
         "| backend | " + " | ".join(f"{m} ms (floor {floors[m]:.4g})" for m in modes) + _each(peaks, " | {} MiB") + " |"
     )
