@@ -38,6 +38,7 @@ template <int M>
 struct Layout {
   static constexpr int features = M > 128 ? 128 : M;  // of a warpgroup's products
   static constexpr int groups = M / features;         // warpgroups that share a tile of queries
+  static constexpr bool late = false;
   static constexpr int query_threads = 128 * groups, key_threads = 128;
   static constexpr int matrix = M * width / 8;  // pieces of (M, 64) 16-bit values
   static constexpr int query_stages = 3, key_stages = 2;
@@ -56,6 +57,7 @@ struct Layout {
 template <int M>
 struct OmegaLayout {
   static constexpr bool all = M <= 128;  // else dW alone
+  static constexpr bool late = false;
   static constexpr int groups = M > 64 ? 2 : 1, features = M / groups;
   static constexpr int threads = 128 * groups, stages = 3, blocks = M > 64 ? 1 : 2;
   static constexpr int matrix = M * width / 8;
@@ -64,16 +66,19 @@ struct OmegaLayout {
                                   4 * (M * (width + 3) + groups * tile * 4 + halves + 8 + (all ? 4 * M : 0));
 };
 
-// Of whole heads, with dW or without; Fresh, from keys and values instead of a state.
-template <int M, bool Omega, bool Fresh>
+// Of whole heads, with dW or without; Fresh, from keys and values instead of a state. Where Single, a key head has one
+// query head.
+template <int M, bool Omega, bool Fresh, bool Single>
 struct HeadLayout {
-  static constexpr int groups = Omega && M > 64 ? 2 : 1, features = M / groups, threads = 128 * groups;
-  static constexpr int stages = M > 64 || Fresh ? 3 : 2, blocks = M > 64 ? 2 - Omega : Omega || Fresh ? 2 : 3;
+  // The sum for dU begins when dS is done with, and its registers are then free: one warpgroup has enough for dW too.
+  static constexpr bool late = Omega && Fresh && Single && M > 64;
+  static constexpr int groups = Omega && M > 64 && !late ? 2 : 1, features = M / groups, threads = 128 * groups;
+  static constexpr int stages = M > 64 || Fresh ? 3 : 2, blocks = M > 64 ? 3 - groups : Omega || Fresh ? 2 : 3;
   static constexpr int matrix = M * width / 8;
   static constexpr int mean_parts = 2;  // U as it is
   static constexpr int halves = groups > 1 ? 2 * groups * 16 * 128 : 0, rows = groups > 1 ? groups * tile : 0;
   static constexpr size_t bytes = 16 * ((2 + mean_parts) * matrix + stages * 2 * slab) + 4 * (M + tile) +
-                                  (Omega ? 16 * (matrix + slab) + 4 * (halves + 2 * rows + 8) : 0);
+                                  (Omega ? 16 * (late ? 0 : matrix + slab) + 4 * (halves + 2 * rows + 8) : 0);
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -258,9 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
       overlaps = false;
       run_blocks(add_omega_kernel<M>, sets * M, 1, 256, 0, sums);
     };
-    const auto try_whole = [&](auto with_omega, auto is_fresh) {
-      constexpr bool omega = with_omega, fresh = is_fresh;
-      using Whole = HeadLayout<M, omega, fresh>;
+    const auto try_whole = [&](auto with_omega, auto is_fresh, auto is_single) {
+      constexpr bool omega = with_omega, fresh = is_fresh, single = is_single;
+      using Whole = HeadLayout<M, omega, fresh, single>;
       const int64_t places = multiprocessors * Whole::blocks;
       keys.share = static_cast<int>(key_tiles);
       keys.blocks = 1;
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
           keys.parts = static_cast<float*>(parts.mutable_data_ptr());
         }
       }
-      run_blocks(head_gradient_kernel<T, M, omega, fresh>, sets * keys.walkers, 1, Whole::threads, Whole::bytes,
+      run_blocks(head_gradient_kernel<T, M, omega, fresh, single>, sets * keys.walkers, 1, Whole::threads, Whole::bytes,
                  queries, keys);
       if constexpr (omega) {
         add_slots(keys.parts, 1, M);
@@ -291,7 +291,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     };
     if constexpr (M <= 128) {
       const auto try_tiles = [&](auto with_omega) {
-        return one_tile ? try_whole(with_omega, std::true_type{}) : try_whole(with_omega, std::false_type{});
+        if constexpr (with_omega && M > 64) {
+          if (one_tile && H == Hk) {
+            return try_whole(with_omega, std::true_type{}, std::true_type{});
+          }
+        }
+        return one_tile ? try_whole(with_omega, std::true_type{}, std::false_type{})
+                        : try_whole(with_omega, std::false_type{}, std::false_type{});
       };
       if (B * H * query_tiles > 0 && B * Hk * key_tiles > 0 &&
           (need_omega ? try_tiles(std::true_type{}) : try_tiles(std::false_type{}))) {

@@ -113,13 +113,14 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
 }
 
 // Makes dU in 16 bits where U's first part is, and y = U dU_16 - r of the same features, where r = U dU - sum_i w
-// delta, and the sum is what query_tile leaves in dy; with dW, r is there. `sums` are 8 M + 8 numbers of shared memory.
+// delta, and the sum is what query_tile leaves in dy; with dW, r is there unless Of::late. `sums` are 8 M + 8 numbers of
+// shared memory.
 // Stores r where that is not null. Returns what undoes the scaling of float16.
 template <typename T, int M, typename Of, typename Sum>
 __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)[Of::features / 2],
                                              const float (&dy)[Of::features / 64][4], Sum& omega_sum, float* sums,
                                              float* y, float* r) {
-  constexpr bool is_half = std::is_same_v<T, Half>, omega = sums_omega<Sum>;
+  constexpr bool is_half = std::is_same_v<T, Half>, omega = sums_omega<Sum> && !Of::late;
   constexpr int F = Of::features;
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
@@ -156,7 +157,8 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
     }
   };
   float factor = 1.0f, back = 1.0f;
-  if constexpr (is_half) {
+  const bool finds_r = Of::late && r != nullptr;
+  if (is_half || finds_r) {
     float products[F / 4] = {}, top = 1e-30f;
 #pragma unroll
     for (int s = 0; s < F / 16; ++s) {
@@ -171,22 +173,30 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
     }
     __syncthreads();
     if (threadIdx.x < M) {
-      top = fmaxf(top, fabsf(r_of_queries() + (omega ? 0.0f : sum_of(sums))) / 16);
+      const float x = r_of_queries() + (omega ? 0.0f : sum_of(sums));
+      top = fmaxf(top, fabsf(x) / 16);
+      if (finds_r) {
+        r[threadIdx.x] = x;
+      }
     }
+    if constexpr (is_half) {
 #pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-    }
-    if (lane == 0) {
-      largest[threadIdx.x / 32] = top;
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
+      }
+      if (lane == 0) {
+        largest[threadIdx.x / 32] = top;
+      }
     }
     __syncthreads();
+    if constexpr (is_half) {
 #pragma unroll
-    for (int i = 0; i < Of::threads / 32; ++i) {
-      top = fmaxf(top, largest[i]);
+      for (int i = 0; i < Of::threads / 32; ++i) {
+        top = fmaxf(top, largest[i]);
+      }
+      factor = 1.0f / top;
+      back = top * exp2f(-key_shift<T>);
     }
-    factor = 1.0f / top;
-    back = top * exp2f(-key_shift<T>);
   }
   float products[F / 4] = {};
 #pragma unroll
@@ -219,11 +229,13 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
 
 // Queries and then keys of several key heads with the same projection, each without a trip of dU through memory;
 // where Fresh, of heads of one tile, nor of U.
-template <typename T, int M, bool Omega, bool Fresh>
-__global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayout<M, Omega, Fresh>::blocks)
+template <typename T, int M, bool Omega, bool Fresh, bool Single>
+__global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
+                                  HeadLayout<M, Omega, Fresh, Single>::blocks)
     head_gradient_kernel(const Args<T> queries, const Args<T> keys) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Of = HeadLayout<M, Omega, Fresh>;
+  using Of = HeadLayout<M, Omega, Fresh, Single>;
+  constexpr bool late = Of::late, apart = Omega && !late;
   constexpr int F = Of::features, threads = Of::threads;
   const int base = Of::groups > 1 ? threadIdx.x / 128 * F : 0;
   extern __shared__ __align__(1024) uint4 memory[];
@@ -231,9 +243,11 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
   uint4* means = omega + Of::matrix;                     // U and then dU, rows of features
   uint4* weights = means + Of::mean_parts * Of::matrix;  // w, rows of queries, a slab for 64 features
   uint4* stages = weights + Of::matrix;
-  uint4* gradients = stages + Of::stages * 2 * slab;      // with dW: ds, as weights
-  uint4* results = gradients + (Omega ? Of::matrix : 0);  // dq
-  float* exponents = reinterpret_cast<float*>(results + (Omega ? slab : 0));
+  // With dW, ds, as weights, and dq. Where late, ds has the stage of the next keys, which come when it is done with, or
+  // U's second part, and dq the weights' second slab.
+  uint4* gradients = stages + Of::stages * 2 * slab;
+  uint4* results = late ? weights + slab : gradients + (apart ? Of::matrix : 0);
+  float* exponents = reinterpret_cast<float*>(late ? gradients : results + (apart ? slab : 0));
   T* deltas = reinterpret_cast<T*>(exponents + M);                           // (2, tile)
   float* half_products = reinterpret_cast<float*>(deltas + 2 * tile);        // (2, groups, 16, 128)
   float2* row_sums = reinterpret_cast<float2*>(half_products + Of::halves);  // (groups, tile)
@@ -241,7 +255,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
   float *dy = reinterpret_cast<float*>(weights), *sums = dy + M;             // while there are no weights
 
   const Units units(keys);
-  const int groups = keys.groups;
+  const int groups = Single ? 1 : keys.groups;
   const int query_tiles = Fresh ? 1 : static_cast<int>((queries.length + tile - 1) / tile);
   const int key_tiles = Fresh ? 1 : static_cast<int>((keys.length + tile - 1) / tile);
   const auto count_of = [](const Args<T>& args, int i_tile) {
@@ -303,6 +317,12 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
   };
   uint4* query_stage = stages + 2 * 2 * slab;
   const auto key_stage = [&](uint32_t n) { return stages + (n - units.begin) % 2 * 2 * slab; };
+  const auto start_next_keys = [&](uint32_t n) {
+    if (n < units.end) {
+      start_keys(units.place(keys, n), 0, key_stage(n));
+    }
+    copies_end();
+  };
   fill_projection<T, M, threads>(keys.projection, ahead.i_h, omega);
   if constexpr (Fresh) {
     start_keys(ahead, 0, key_stage(units.begin));
@@ -327,10 +347,9 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
       copies_wait<1>();
       copies_visible();
       __syncthreads();  // keys are there, and everyone has left those before, dU and y
-      if (n_unit + 1 < units.end) {
-        start_keys(units.place(keys, n_unit + 1), 0, key_stage(n_unit + 1));
+      if constexpr (!late) {
+        start_next_keys(n_unit + 1);
       }
-      copies_end();
       sum_values<T, M, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
                            keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights));
     } else {
@@ -354,7 +373,15 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
       }
     }
 
-    float dmeans[F / 2] = {}, of_deltas[F / 64][4] = {};
+    float dmeans[F / 2], of_deltas[F / 64][4] = {};
+    if constexpr (late) {
+      omega_sum.gradients = key_stage(n_unit + 1);
+    } else {
+#pragma unroll
+      for (float& x : dmeans) {
+        x = 0.0f;
+      }
+    }
     for (int i_h = at.i_h * groups; i_h < (at.i_h + 1) * groups; ++i_h) {
       T* to = queries.dx + (at.i_b * queries.heads + i_h) * queries.length * width;
       for (int i_tile = 0; i_tile < query_tiles; ++i_tile, to += tile * width) {
@@ -362,7 +389,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
         if constexpr (!Fresh) {
           rows = next_tile();
         } else if (i_h == at.i_h * groups) {
-          copies_wait<1>();
+          copies_wait<!late>();
           copies_visible();
           __syncthreads();  // queries, U and what goes with it are there
         } else {
@@ -377,7 +404,12 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh>::threads, HeadLayo
                              of_deltas, omega_sum, start_next);
       }
     }
-    __syncthreads();  // everyone has left U, the weights and the last queries
+    if constexpr (late) {
+      start_next_keys(n_unit + 1);
+      omega_sum.gradients = means + Of::matrix;
+    } else {
+      __syncthreads();  // everyone has left U, the weights and the last queries
+    }
     if constexpr (Fresh) {
       if (n_unit + 1 < units.end) {
         start_queries(units.place(keys, n_unit + 1), 0, 0, query_stage);

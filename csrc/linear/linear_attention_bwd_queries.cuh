@@ -56,12 +56,13 @@ struct QueryMemory {
 
 // dq of a tile of which `count` rows are there; adds to dU^T, 64 x F, and to r: with dW in
 // omega_sum, else in columns 0 and 1 of dy what is to be taken off U dU, of this warp's F / 4 features. Of::groups
-// warpgroups have all rows, each F features.
+// warpgroups have all rows, each F features. Where Of::late, dU is the tile's alone and r as without dW; everyone has
+// left the tile and the weights at the end.
 template <typename T, int M, typename Of, typename Sum, typename Next>
 __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* tile_q, const uint4* tile_dout,
                                            int count, float scale, T* to, float (&dmeans)[Of::features / 2],
                                            float (&dy)[Of::features / 64][4], Sum& omega_sum, Next&& start_next) {
-  constexpr bool is_half = std::is_same_v<T, Half>;
+  constexpr bool is_half = std::is_same_v<T, Half>, late = Of::late, by_deltas = !sums_omega<Sum> || late;
   constexpr int F = Of::features;
   const int group = Of::groups > 1 ? threadIdx.x / 128 : 0, base = group * F;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
@@ -115,16 +116,21 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     }
     store_matrices(shared.weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
   }
-  copies_visible();
-  __syncthreads();  // all weights are there
-  products_begin();
+  const auto start_dmeans = [&] {
+    products_begin();
 #pragma unroll
-  for (int s = 0; s < tile / 16; ++s) {
-    multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
-                             operand(shared.weights + base / 64 * slab + s * 128, 16 * slab), true);
+    for (int s = 0; s < tile / 16; ++s) {
+      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
+                               operand(shared.weights + base / 64 * slab + s * 128, 16 * slab), !late || s > 0);
+    }
+    products_end();
+  };
+  if constexpr (!late) {
+    copies_visible();
+    __syncthreads();  // all weights are there
+    start_dmeans();
   }
-  products_end();
-  products_wait<1>(ds);
+  products_wait<!late>(ds);
 
   float delta[2] = {}, size[2] = {1.0f, 1.0f};
 #pragma unroll
@@ -168,7 +174,7 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
       size[r] = fmaxf(size[r], other.y);
     }
   }
-  if (!sums_omega<Sum> && group == 0 && t == 0) {
+  if (by_deltas && group == 0 && t == 0) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const T high = static_cast<T>(delta[r]);
@@ -203,9 +209,11 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
       }
     }
     if constexpr (sums_omega<Sum>) {
+      if constexpr (!late) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        omega_sum.of_rows[4 * s + i / 4 * 2 + i % 2] += w[8 * s + i] * (ds[8 * s + i] - delta[i / 2 % 2]);
+        for (int i = 0; i < 8; ++i) {
+          omega_sum.of_rows[4 * s + i / 4 * 2 + i % 2] += w[8 * s + i] * (ds[8 * s + i] - delta[i / 2 % 2]);
+        }
       }
       store_matrices(omega_sum.gradients + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), shares);
     }
@@ -220,7 +228,10 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
   if constexpr (sums_omega<Sum>) {
     copies_visible();
   }
-  __syncthreads();  // all deltas are there, and gradients
+  __syncthreads();  // all deltas are there, and gradients, and weights
+  if constexpr (late) {
+    start_dmeans();
+  }
   if constexpr (sums_omega<Sum>) {
     products_begin();
 #pragma unroll
@@ -229,7 +240,8 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
                                operand(omega_sum.gradients + base / 64 * slab + s * 128, 16 * slab), true);
     }
     products_end();
-  } else {
+  }
+  if constexpr (by_deltas) {
 #pragma unroll
     for (int s = 0; s < tile / 16; ++s) {
       // Columns of b other than 0 and 1 are zero.
@@ -245,8 +257,12 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
       }
     }
   }
-  products_wait<sums_omega<Sum>>(dq);
-  products_wait<sums_omega<Sum>>(dmeans);
+  products_wait<sums_omega<Sum> && !late>(dq);
+  products_wait<sums_omega<Sum> && !late>(dmeans);
+  if constexpr (late) {
+    products_wait(omega_sum.sum);
+    __syncthreads();  // everyone has left U, the tile and the weights
+  }
   uint4* results = tile_q;
   if constexpr (sums_omega<Sum>) {
     results = omega_sum.results;
@@ -281,7 +297,7 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
   }
   __syncwarp();
   store_rows<columns / 8>(results, warp * 16, group * 4, count, to);
-  if constexpr (sums_omega<Sum>) {
+  if constexpr (sums_omega<Sum> && !late) {
     products_wait(omega_sum.sum);
   }
 }
