@@ -94,10 +94,10 @@ template <int Threads, typename T>
 __device__ __forceinline__ void fetch(const T* from, int64_t step, int count, uint4* to, const bool* mask = nullptr) {
   const int u = threadIdx.x % 8, i = threadIdx.x / 8;
   const T* source = from + i * step + u * 8;
+  to += piece(i, u);  // a step of 8 rows keeps the swizzle
 #pragma unroll
   for (int n = 0; n < tile; n += Threads / 8) {
-    const bool inside = n + i < count && (mask == nullptr || mask[n + i]);
-    copy_async<16>(to + piece(n + i, u), inside ? source : from, inside);
+    copy_async<16>(to + n * 8, source, n + i < count && (mask == nullptr || mask[n + i]));
     source += Threads / 8 * step;
   }
 }
@@ -106,12 +106,20 @@ __device__ __forceinline__ void fetch(const T* from, int64_t step, int count, ui
 // there.
 template <int Pieces, typename T>
 __device__ __forceinline__ void store_rows(const uint4* from, int first, int u, int count, T* to) {
+  constexpr int steps = Pieces / 2, rows = 32 / Pieces;
   u += threadIdx.x % Pieces;
+  first += threadIdx.x % 32 / Pieces;
+  uint4 x[steps];
 #pragma unroll
-  for (int n = 0; n < 16; n += 32 / Pieces) {
-    const int row = first + n + threadIdx.x % 32 / Pieces;
-    if (row < count) {
-      *reinterpret_cast<uint4*>(to + row * width + u * 8) = from[piece(row, u)];
+  for (int n = 0; n < steps; ++n) {
+    x[n] = from[piece(first + n * rows, u)];
+    asm volatile("" : "+r"(x[n].x), "+r"(x[n].y), "+r"(x[n].z), "+r"(x[n].w));  // no load waits for a store
+  }
+  to += first * width + u * 8;
+#pragma unroll
+  for (int n = 0; n < steps; ++n) {
+    if (first + n * rows < count) {
+      *reinterpret_cast<uint4*>(to + n * rows * width) = x[n];
     }
   }
 }
@@ -371,16 +379,17 @@ __device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k
 template <typename T, int Parts = 1, int M = 0, int R>
 __device__ __forceinline__ void start_products(float (&p)[R], float (&ds)[R], const uint4* x, const uint4* omega,
                                                const uint4* y, const uint4* means) {
+  const uint64_t of_x = operand(x), of_omega = operand(omega), of_y = operand(y), of_means = operand(means);
   products_begin();
 #pragma unroll
   for (int s = 0; s < width / 16; ++s) {
-    multiply<T>(p, operand(x + s * 2), operand(omega + s * 2), s > 0);
+    multiply<T>(p, further(of_x, s * 32), further(of_omega, s * 32), s > 0);
   }
   products_end();
 #pragma unroll
   for (int s = 0; s < Parts * width / 16; ++s) {
     const int part = s / (width / 16), step = s % (width / 16);
-    multiply<T>(ds, operand(y + step * 2), operand(means + part * M * pieces + step * 2), s > 0);
+    multiply<T>(ds, further(of_y, step * 32), further(of_means, part * M * pieces * 16 + step * 32), s > 0);
   }
   products_end();
 }

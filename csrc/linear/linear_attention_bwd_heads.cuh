@@ -23,12 +23,13 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
   const int base = Of::groups > 1 ? threadIdx.x / 128 * Of::features : 0;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
   float p[parts][32], u[parts][32];  // a warp has 16 features of each part
+  const uint64_t of_omega = operand(omega + base * 8), of_k = operand(tile_k), of_v = operand(tile_v);
   products_begin();
 #pragma unroll
   for (int n = 0; n < parts; ++n) {
 #pragma unroll
     for (int s = 0; s < width / 16; ++s) {
-      multiply<T>(p[n], operand(omega + (base + n * 64) * 8 + s * 2), operand(tile_k + s * 2), s > 0);
+      multiply<T>(p[n], further(of_omega, n * 64 * 128 + s * 32), further(of_k, s * 32), s > 0);
     }
     products_end();
   }
@@ -74,17 +75,17 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
     products_begin();
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      multiply<T, Inner::b>(u[n], a[s], operand(tile_v + s * 128), s > 0);
+      multiply<T, Inner::b>(u[n], a[s], further(of_v, s * 2048), s > 0);
     }
     products_end();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       z[r] = sum_of_four(z[r]);
-      inverse[n][r] = 1.0f / z[r];
+      inverse[n][r] = __fdividef(1.0f, z[r]);
       const int f = base + n * 64 + warp * 16 + g + 8 * r;
       if (t == 0) {
         const float b = bias == nullptr ? 0.0f : bias[f];
-        exponents[f] = top[r] > 0.5f * none ? top[r] + log2f(z[r]) + 2.0f * log2e * b : none;
+        exponents[f] = top[r] > 0.5f * none ? top[r] + __log2f(z[r]) + 2.0f * log2e * b : none;
       }
     }
   }
@@ -113,9 +114,8 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
 }
 
 // Makes dU in 16 bits where U's first part is, and y = U dU_16 - r of the same features, where r = U dU - sum_i w
-// delta, and the sum is what query_tile leaves in dy; with dW, r is there unless Of::late. `sums` are 8 M + 8 numbers of
-// shared memory.
-// Stores r where that is not null. Returns what undoes the scaling of float16.
+// delta, and the sum is what query_tile leaves in dy; with dW, r is there unless Of::late. `sums` are 8 M + 8 numbers
+// of shared memory. Stores r where that is not null. Returns what undoes the scaling of float16.
 template <typename T, int M, typename Of, typename Sum>
 __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)[Of::features / 2],
                                              const float (&dy)[Of::features / 64][4], Sum& omega_sum, float* sums,
@@ -255,6 +255,17 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
   float *dy = reinterpret_cast<float*>(weights), *sums = dy + M;             // while there are no weights
 
   const Units units(keys);
+  // The head that is taken next: sets are heads, of which a sequence has one each, or there is one set.
+  const auto after = [&](Place of) {
+    of.head += keys.sets;
+    if (keys.sets > 1) {
+      ++of.i_b;
+    } else if (++of.i_h == keys.heads) {
+      of.i_h = 0;
+      ++of.i_b;
+    }
+    return of;
+  };
   const int groups = Single ? 1 : keys.groups;
   const int query_tiles = Fresh ? 1 : static_cast<int>((queries.length + tile - 1) / tile);
   const int key_tiles = Fresh ? 1 : static_cast<int>((keys.length + tile - 1) / tile);
@@ -298,7 +309,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
           if (++tile_ahead == key_tiles) {
             tile_ahead = group_ahead = 0;
             if (++unit_ahead < units.end) {
-              ahead = units.place(keys, unit_ahead);
+              ahead = after(ahead);
             }
           }
         }
@@ -317,12 +328,6 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
   };
   uint4* query_stage = stages + 2 * 2 * slab;
   const auto key_stage = [&](uint32_t n) { return stages + (n - units.begin) % 2 * 2 * slab; };
-  const auto start_next_keys = [&](uint32_t n) {
-    if (n < units.end) {
-      start_keys(units.place(keys, n), 0, key_stage(n));
-    }
-    copies_end();
-  };
   fill_projection<T, M, threads>(keys.projection, ahead.i_h, omega);
   if constexpr (Fresh) {
     start_keys(ahead, 0, key_stage(units.begin));
@@ -339,8 +344,14 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
   const QueryMemory<T> of_queries{omega, means, weights, exponents, deltas, row_sums, half_products};
   const KeyMemory of_keys{omega, means, exponents, dy, row_sums, half_products};
   std::conditional_t<Omega, OmegaSum<T, F>, NoSum> omega_sum{gradients, results, sizes};
-  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
-    const Place at = units.place(keys, n_unit);
+  Place at = units.place(keys, units.begin);
+  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit, at = after(at)) {
+    const auto start_next_keys = [&] {
+      if (n_unit + 1 < units.end) {
+        start_keys(after(at), 0, key_stage(n_unit + 1));
+      }
+      copies_end();
+    };
     const float* bias = keys.bias == nullptr ? nullptr : keys.bias + at.i_h * keys.bias_h;
     float key_exponent = none;  // of this thread's feature
     if constexpr (Fresh) {
@@ -348,7 +359,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
       copies_visible();
       __syncthreads();  // keys are there, and everyone has left those before, dU and y
       if constexpr (!late) {
-        start_next_keys(n_unit + 1);
+        start_next_keys();
       }
       sum_values<T, M, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
                            keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights));
@@ -361,7 +372,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
         key_exponent = z > 0.0f ? (b - c) * log2e - log2f(z) + key_shift<T> : none;
       }
       if (n_unit + 1 < units.end) {
-        const int64_t state = units.place(keys, n_unit + 1).head * M;
+        const int64_t state = after(at).head * M;
 #pragma unroll
         for (int i = threadIdx.x * 32; i < M * width; i += threads * 32) {
           prefetch(keys.kv + state * width + i);
@@ -405,14 +416,14 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
       }
     }
     if constexpr (late) {
-      start_next_keys(n_unit + 1);
+      start_next_keys();
       omega_sum.gradients = means + Of::matrix;
     } else {
       __syncthreads();  // everyone has left U, the weights and the last queries
     }
     if constexpr (Fresh) {
       if (n_unit + 1 < units.end) {
-        start_queries(units.place(keys, n_unit + 1), 0, 0, query_stage);
+        start_queries(after(at), 0, 0, query_stage);
       }
       copies_end();
     }

@@ -55,10 +55,11 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
     products_wait<1>(p);
     key_weights<T>(a, p, exponent, shared.exponents + base, norm, t);
     if constexpr (Inputs) {
+      const uint64_t of_dmeans = operand(shared.dmeans + base * 8);
       products_begin();
 #pragma unroll
       for (int s = 0; s < F / 16; ++s) {
-        multiply<T, Inner::b>(dv, a[s], operand(shared.dmeans + base * 8 + s * 128), n > 0 || s > 0);
+        multiply<T, Inner::b>(dv, a[s], further(of_dmeans, s * 2048), n > 0 || s > 0);
       }
       products_end();
     }
@@ -81,10 +82,11 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
       }
     }
     if constexpr (Inputs) {
+      const uint64_t of_omega = operand(shared.omega + base * 8);
       products_begin();
 #pragma unroll
       for (int s = 0; s < F / 16; ++s) {
-        multiply<T, Inner::b>(dk, fragments[s], operand(shared.omega + base * 8 + s * 128), n > 0 || s > 0);
+        multiply<T, Inner::b>(dk, fragments[s], further(of_omega, s * 2048), n > 0 || s > 0);
       }
       products_end();
     }
@@ -109,11 +111,12 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
   }
   __syncthreads();  // all of ds is there, and no product before reads this stage any more
   if constexpr (omega) {
+    const uint64_t of_k = operand(tile_k),
+                   of_gradients = operand(omega_sum.gradients + group * (F / 64) * slab, 16 * slab);
     products_begin();
 #pragma unroll
     for (int s = 0; s < tile / 16; ++s) {
-      multiply<T, Inner::both>(omega_sum.sum, operand(tile_k + s * 128),
-                               operand(omega_sum.gradients + group * (F / 64) * slab + s * 128, 16 * slab), true);
+      multiply<T, Inner::both>(omega_sum.sum, further(of_k, s * 2048), further(of_gradients, s * 2048), true);
     }
     products_end();
     if constexpr (!Inputs) {

@@ -117,11 +117,11 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     store_matrices(shared.weights + (base / 64 + s / 4) * slab + piece(named, s % 4 * 2 + half), x);
   }
   const auto start_dmeans = [&] {
+    const uint64_t of_dout = operand(tile_dout), of_weights = operand(shared.weights + base / 64 * slab, 16 * slab);
     products_begin();
 #pragma unroll
     for (int s = 0; s < tile / 16; ++s) {
-      multiply<T, Inner::both>(dmeans, operand(tile_dout + s * 128),
-                               operand(shared.weights + base / 64 * slab + s * 128, 16 * slab), !late || s > 0);
+      multiply<T, Inner::both>(dmeans, further(of_dout, s * 2048), further(of_weights, s * 2048), !late || s > 0);
     }
     products_end();
   };
@@ -219,10 +219,11 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     }
   }
   float dq[32];
+  const uint64_t of_omega = operand(shared.omega + base * 8);
   products_begin();
 #pragma unroll
   for (int s = 0; s < F / 16; ++s) {
-    multiply<T, Inner::b>(dq, fragments[s], operand(shared.omega + base * 8 + s * 128), s > 0);
+    multiply<T, Inner::b>(dq, fragments[s], further(of_omega, s * 2048), s > 0);
   }
   products_end();
   if constexpr (sums_omega<Sum>) {
@@ -233,11 +234,11 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
     start_dmeans();
   }
   if constexpr (sums_omega<Sum>) {
+    const uint64_t of_q = operand(tile_q), of_gradients = operand(omega_sum.gradients + base / 64 * slab, 16 * slab);
     products_begin();
 #pragma unroll
     for (int s = 0; s < tile / 16; ++s) {
-      multiply<T, Inner::both>(omega_sum.sum, operand(tile_q + s * 128),
-                               operand(omega_sum.gradients + base / 64 * slab + s * 128, 16 * slab), true);
+      multiply<T, Inner::both>(omega_sum.sum, further(of_q, s * 2048), further(of_gradients, s * 2048), true);
     }
     products_end();
   }
