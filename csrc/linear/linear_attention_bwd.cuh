@@ -233,9 +233,10 @@ struct Units {
 template <int R, typename Scaled>
 __device__ __forceinline__ void store_features(float* part, int base, const float (&x)[R], Scaled&& scaled) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
+  part += (base + 2 * t) * width + warp * 16 + g;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    part[(base + i / 4 * 8 + 2 * t + i % 2) * width + warp * 16 + g + i / 2 % 2 * 8] = scaled(x[i]);
+    part[(i / 4 * 8 + i % 2) * width + i / 2 % 2 * 8] = scaled(x[i]);
   }
 }
 

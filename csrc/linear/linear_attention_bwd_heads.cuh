@@ -13,12 +13,12 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// Makes U of one tile of keys as the sum of two matrices, and what features add to queries' exponents. `norms` are 64
-// numbers of shared memory.
+// Makes U of one tile of keys as the sum of two matrices, what features add to queries' exponents, and own_norms for
+// key_tile. `norms` are 64 numbers of shared memory.
 template <typename T, int M, typename Of>
 __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile_k, const uint4* tile_v, int count,
                                            const bool* mask, float scale, float square, const float* bias, uint4* means,
-                                           float* exponents, float* norms) {
+                                           float* exponents, float* norms, float (&own_norms)[2]) {
   constexpr int parts = Of::features / 64;
   const int base = Of::groups > 1 ? threadIdx.x / 128 * Of::features : 0;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
@@ -50,7 +50,11 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
       norms[key] = key < count && (mask == nullptr || mask[key]) ? sum * (-0.5f * log2e * square) : none;
     }
   }
-  __syncthreads();          // all norms are there
+  __syncthreads();  // all norms are there
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    own_norms[r] = -norms[warp * 16 + g + 8 * r];
+  }
   float inverse[parts][2];  // of the sum of a feature's weights
 #pragma unroll
   for (int n = 0; n < parts; ++n) {
@@ -145,14 +149,17 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
   };
   // r, or without dW r less U dU.
   const auto r_of_queries = [&] { return omega ? sum_of(of_queries) : -of_queries[threadIdx.x]; };
-  // Calls f for an element of dU that this thread holds and of U, and for the number of its column of the thread's.
-  const auto each_pair = [&](int s, auto&& f) {
-    uint32_t a[4], b[4];
+  // Calls f for an element of dU that this thread holds and of U, the sum of so many parts, and for the number of its
+  // column of the thread's.
+  const auto each_pair = [&](int s, auto parts, auto&& f) {
+    uint32_t a[4], b[4] = {};
     load_matrices<true>(a, own + s * 128);
-    load_matrices<true>(b, own + s * 128 + Of::matrix);
+    if constexpr (parts > 1) {
+      load_matrices<true>(b, own + s * 128 + Of::matrix);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 high = unpack<T>(a[i]), low = unpack<T>(b[i]);
+      const float2 high = unpack<T>(a[i]), low = parts > 1 ? unpack<T>(b[i]) : float2{0.0f, 0.0f};
       f(i, 4 * s + i / 2 * 2, dmeans[8 * s + 2 * i], dmeans[8 * s + 2 * i + 1], high.x + low.x, high.y + low.y);
     }
   };
@@ -162,7 +169,7 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
     float products[F / 4] = {}, top = 1e-30f;
 #pragma unroll
     for (int s = 0; s < F / 16; ++s) {
-      each_pair(s, [&](int, int column, float x0, float x1, float u0, float u1) {
+      each_pair(s, std::integral_constant<int, 2>{}, [&](int, int column, float x0, float x1, float u0, float u1) {
         top = fmaxf(top, fmaxf(fabsf(x0), fabsf(x1)));
         products[column] += u0 * x0;
         products[column + 1] += u1 * x1;
@@ -202,14 +209,16 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
 #pragma unroll
   for (int s = 0; s < F / 16; ++s) {
     uint32_t x[4];
-    each_pair(s, [&](int i, int column, float x0, float x1, float u0, float u1) {
-      x0 *= factor;
-      x1 *= factor;
-      x[i] = pack<T>(x0, x1);
-      const float2 rounded = unpack<T>(x[i]);
-      products[column] += u0 * (rounded.x - (omega ? 0.0f : x0));
-      products[column + 1] += u1 * (rounded.y - (omega ? 0.0f : x1));
-    });
+    // Where U is for what dU loses alone, its first part is enough.
+    each_pair(s, std::integral_constant<int, omega ? 2 : 1>{},
+              [&](int i, int column, float x0, float x1, float u0, float u1) {
+                x0 *= factor;
+                x1 *= factor;
+                x[i] = pack<T>(x0, x1);
+                const float2 rounded = unpack<T>(x[i]);
+                products[column] += u0 * (rounded.x - (omega ? 0.0f : x0));
+                products[column + 1] += u1 * (rounded.y - (omega ? 0.0f : x1));
+              });
     __syncwarp();
     store_matrices<true>(own + s * 128, x);
   }
@@ -256,15 +265,10 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
 
   const Units units(keys);
   // The head that is taken next: sets are heads, of which a sequence has one each, or there is one set.
-  const auto after = [&](Place of) {
-    of.head += keys.sets;
-    if (keys.sets > 1) {
-      ++of.i_b;
-    } else if (++of.i_h == keys.heads) {
-      of.i_h = 0;
-      ++of.i_b;
-    }
-    return of;
+  const auto after = [&](const Place& of) {
+    const bool turns = keys.sets > 1 || of.i_h + 1 == keys.heads;
+    const int i_b = static_cast<int>(of.i_b) + turns, i_h = keys.sets > 1 ? of.i_h : turns ? 0 : of.i_h + 1;
+    return Place(static_cast<int64_t>(i_b) * keys.heads + i_h, i_b, i_h, 0, 0);
   };
   const int groups = Single ? 1 : keys.groups;
   const int query_tiles = Fresh ? 1 : static_cast<int>((queries.length + tile - 1) / tile);
@@ -344,16 +348,19 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
   const QueryMemory<T> of_queries{omega, means, weights, exponents, deltas, row_sums, half_products};
   const KeyMemory of_keys{omega, means, exponents, dy, row_sums, half_products};
   std::conditional_t<Omega, OmegaSum<T, F>, NoSum> omega_sum{gradients, results, sizes};
-  Place at = units.place(keys, units.begin);
-  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit, at = after(at)) {
+  Place next = units.place(keys, units.begin);
+  for (uint32_t n_unit = units.begin; n_unit < units.end; ++n_unit) {
+    const Place at = next;
+    next = after(at);
     const auto start_next_keys = [&] {
       if (n_unit + 1 < units.end) {
-        start_keys(after(at), 0, key_stage(n_unit + 1));
+        start_keys(next, 0, key_stage(n_unit + 1));
       }
       copies_end();
     };
     const float* bias = keys.bias == nullptr ? nullptr : keys.bias + at.i_h * keys.bias_h;
     float key_exponent = none;  // of this thread's feature
+    float norms[2];
     if constexpr (Fresh) {
       copies_wait<1>();
       copies_visible();
@@ -362,7 +369,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
         start_next_keys();
       }
       sum_values<T, M, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
-                           keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights));
+                           keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights), norms);
     } else {
       fill_means<T, M, threads, Of::mean_parts, false>(keys.kv + at.head * (M * width), keys.z + at.head * M, means);
       if (threadIdx.x < M) {
@@ -372,7 +379,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
         key_exponent = z > 0.0f ? (b - c) * log2e - log2f(z) + key_shift<T> : none;
       }
       if (n_unit + 1 < units.end) {
-        const int64_t state = after(at).head * M;
+        const int64_t state = next.head * M;
 #pragma unroll
         for (int i = threadIdx.x * 32; i < M * width; i += threads * 32) {
           prefetch(keys.kv + state * width + i);
@@ -423,7 +430,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
     }
     if constexpr (Fresh) {
       if (n_unit + 1 < units.end) {
-        start_queries(after(at), 0, 0, query_stage);
+        start_queries(next, 0, 0, query_stage);
       }
       copies_end();
     }
@@ -449,7 +456,8 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
       }
       const int64_t to = (at.head * keys.length + static_cast<int64_t>(i_tile) * tile) * width;
       key_tile<T, F, 1, Of::groups, true>(of_keys, base, rows, rows + slab, count_of(keys, i_tile), mask_of(at, i_tile),
-                                          keys.scale, square, back, keys.dx + to, keys.dy + to, omega_sum, start_next);
+                                          keys.scale, square, back, keys.dx + to, keys.dy + to, omega_sum, start_next,
+                                          Fresh ? norms : nullptr);
     }
     if constexpr (!Fresh) {
       __syncthreads();  // everyone has left dU and y

@@ -19,11 +19,11 @@ struct KeyMemory {
 
 // dk and dv of a tile of which `count` rows are there. Each of Groups warpgroups has all rows and takes, one after
 // another, Count times F features from `base` on. `square` is scale^2 where exponents have -|x|^2 / 2, else 0; `back`
-// undoes the scaling of float16. Without Inputs, dW alone.
+// undoes the scaling of float16. `norms` are half_norms' where known. Without Inputs, dW alone.
 template <typename T, int F, int Count, int Groups, bool Inputs, typename Sum, typename Next>
 __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uint4* tile_k, uint4* tile_v, int count,
                                          const bool* mask, float scale, float square, float back, T* to_k, T* to_v,
-                                         Sum& omega_sum, Next&& start_next) {
+                                         Sum& omega_sum, Next&& start_next, const float* norms = nullptr) {
   constexpr bool is_half = std::is_same_v<T, Half>, omega = sums_omega<Sum>;
   static_assert(!omega || Count == 1);
   const int group = Groups > 1 ? threadIdx.x / 128 : 0;
@@ -37,7 +37,12 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
   project(start);
   start_next();
   float norm[2];
-  half_norms<T>(norm, tile_k, warp, g, t, square, count, mask);
+  if (norms != nullptr) {
+    norm[0] = norms[0];
+    norm[1] = norms[1];
+  } else {
+    half_norms<T>(norm, tile_k, warp, g, t, square, count, mask);
+  }
   float share = 1.0f;
   if constexpr (is_half && omega) {
     share = back / omega_sum.common;
