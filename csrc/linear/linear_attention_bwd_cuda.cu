@@ -291,7 +291,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     };
     if constexpr (M <= 128) {
       const auto try_tiles = [&](auto with_omega) {
-        if constexpr (with_omega && M > 64) {
+        // With float16's scaling there are too few registers.
+        if constexpr (with_omega && M > 64 && std::is_same_v<T, BFloat16>) {
           if (one_tile && H == Hk) {
             return try_whole(with_omega, std::true_type{}, std::true_type{});
           }
