@@ -97,7 +97,8 @@ __device__ __forceinline__ void fetch(const T* from, int64_t step, int count, ui
   to += piece(i, u);  // a step of 8 rows keeps the swizzle
 #pragma unroll
   for (int n = 0; n < tile; n += Threads / 8) {
-    copy_async<16>(to + n * 8, source, n + i < count && (mask == nullptr || mask[n + i]));
+    const bool inside = n + i < count && (mask == nullptr || mask[n + i]);
+    copy_async<16>(to + n * 8, inside ? source : from, inside);
     source += Threads / 8 * step;
   }
 }
