@@ -281,23 +281,15 @@ __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2]
   return next[0] > seen[0] + reach || next[1] > seen[1] + reach;
 }
 
-// By one thread.
+// By one thread. All threads arrive, not one for each warp: tools that look for races then see what the barriers order.
 template <typename Of>
 __device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
   for (int i = 0; i < Of::items; ++i) {
-    barrier_prepare(memory.full + i, 4 * Of::key_groups);  // all of warps
-    barrier_prepare(memory.read + i, 4 * Of::query_groups);
+    barrier_prepare(memory.full + i, Of::key_threads);
+    barrier_prepare(memory.read + i, Of::threads - Of::key_threads);
   }
   for (int i = 0; i < Of::values; ++i) {
-    barrier_prepare(memory.left + i, 4);
-  }
-}
-
-// Once for each warp.
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    barrier_arrive(barrier);
+    barrier_prepare(memory.left + i, 128);  // of the warpgroup that has had the tile
   }
 }
 
@@ -459,7 +451,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       fill_key_bias<Of>(args, memory.k + stage * Of::matrix, inside, memory.key_bias + stage * Of::rows);
     }
     copies_visible();
-    arrive(memory.full + slot);
+    barrier_arrive(memory.full + slot);
 #pragma unroll
     for (int part = 0; part < Of::parts; ++part) {
       products_wait(kv[part]);
@@ -631,9 +623,9 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first, start,
                       [&](int rows) {
                         end = rows;
-                        arrive(memory.read + item % Of::items);
+                        barrier_arrive(memory.read + item % Of::items);
                         if (end == Of::rows) {
-                          arrive(memory.left + i % Of::values);
+                          barrier_arrive(memory.left + i % Of::values);
                           copies_wait<0>();
                           copies_visible();
                         }
@@ -644,7 +636,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         const int slot = item % Of::items;
         barrier_wait(memory.full + slot, item / Of::items % 2);
         end = memory.ranges[slot].y;
-        arrive(memory.read + slot);
+        barrier_arrive(memory.read + slot);
       }
     }
     tile.next(args);
