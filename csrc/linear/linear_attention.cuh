@@ -22,8 +22,8 @@ struct Args {
   T* out;                              // (B, H, L, V)
   float *kv, *z, *log_scale;           // the state behind the last key, or null
   const float *kv0, *z0, *log_scale0;  // the state before the first key, or null
-  // With three kernels: the sums of keys, logarithms to base 2, of block i and head j in slot i + j, and what queries
-  // read, the means' columns in the order of the product.
+  // With three kernels: the sums of keys, logarithms to base 2, of block i and head j in slot i + j, when causal of
+  // block i, and what queries read, the means' columns in the order of the product.
   float *part_kv, *part_z, *part_c;  // (slots, M, V), (slots, M)
   T* means;                          // (B Hk, M, V)
   float* exponents;                  // (B Hk, M)
@@ -33,7 +33,8 @@ struct Args {
   int row_tiles;                     // of L
   int key_tiles, query_steps;        // of a key head
   int key_tile;                      // keys of a tile
-  int key_blocks;                    // of the kernel for keys
+  int key_blocks;                    // of the kernel for keys; when causal, shares
+  int share_pieces;                  // when causal: of the keys between two shares' beginnings; otherwise 0
   int bias_h;
 };
 
@@ -72,8 +73,9 @@ __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int ro
 template <int M>
 int causal_shares(int64_t heads, int64_t queries, int64_t L, int64_t key_tiles, int64_t multiprocessors);
 
-// Causal attention, of args.key_blocks shares; where these are not the heads, args.part_* hold the sums of each, which
-// become those of all before it.
+// Causal attention, of args.key_blocks shares. Where these are not the heads, args.part_* hold the sums of the keys
+// from a share's beginning, or its last head's, to the next's, piece n of share i in slot i + n (args.key_blocks - 1);
+// the slot of the first piece comes to hold those of all keys of the head before the next share.
 template <typename T, int M>
 void causal_attention(const Args<T>& args, int device, cudaStream_t stream);
 

@@ -12,8 +12,8 @@
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
 // items, parts of which one row is always right.
 //
-// With few heads, their tokens are divided among blocks: a kernel sums the keys of each share, a second one the shares
-// before each. Exponents are in base 2.
+// With few heads, their tokens are divided among blocks: a kernel sums the keys of each share that others of its head
+// follow, in pieces, as many as run at once, a second one those before each. Exponents are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -215,7 +215,7 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
   const float *from_kv = is_part ? args.part_kv : args.kv0, *from_z = is_part ? args.part_z : args.z0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = (static_cast<int64_t>(tile.head(args)) + (is_part ? share : 0)) * M + feature + 8 * i;
+    const int64_t row = static_cast<int64_t>(is_part ? share - 1 : tile.head(args)) * M + feature + 8 * i;
     z[i] = from_kv == nullptr ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
@@ -281,23 +281,15 @@ __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2]
   return next[0] > seen[0] + reach || next[1] > seen[1] + reach;
 }
 
-// By one thread.
+// By one thread. All threads arrive, not one for each warp: tools that look for races then see what the barriers order.
 template <typename Of>
 __device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
   for (int i = 0; i < Of::items; ++i) {
-    barrier_prepare(memory.full + i, 4 * Of::key_groups);  // all of warps
-    barrier_prepare(memory.read + i, 4 * Of::query_groups);
+    barrier_prepare(memory.full + i, Of::key_threads);
+    barrier_prepare(memory.read + i, Of::threads - Of::key_threads);
   }
   for (int i = 0; i < Of::values; ++i) {
-    barrier_prepare(memory.left + i, 4);
-  }
-}
-
-// Once for each warp.
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    barrier_arrive(barrier);
+    barrier_prepare(memory.left + i, 128);  // of the warpgroup that has had the tile
   }
 }
 
@@ -459,7 +451,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       fill_key_bias<Of>(args, memory.k + stage * Of::matrix, inside, memory.key_bias + stage * Of::rows);
     }
     copies_visible();
-    arrive(memory.full + slot);
+    barrier_arrive(memory.full + slot);
 #pragma unroll
     for (int part = 0; part < Of::parts; ++part) {
       products_wait(kv[part]);
@@ -631,9 +623,9 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first, start,
                       [&](int rows) {
                         end = rows;
-                        arrive(memory.read + item % Of::items);
+                        barrier_arrive(memory.read + item % Of::items);
                         if (end == Of::rows) {
-                          arrive(memory.left + i % Of::values);
+                          barrier_arrive(memory.left + i % Of::values);
                           copies_wait<0>();
                           copies_visible();
                         }
@@ -644,7 +636,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         const int slot = item % Of::items;
         barrier_wait(memory.full + slot, item / Of::items % 2);
         end = memory.ranges[slot].y;
-        arrive(memory.read + slot);
+        barrier_arrive(memory.read + slot);
       }
     }
     tile.next(args);
@@ -700,17 +692,19 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
 #endif
 }
 
-// Makes the sums of a head's shares those of all keys before each; a warp has a feature.
+// Adds the sums of all keys before a share, for each that begins inside a head; a warp has a feature.
 template <typename T, int M>
 __global__ void __launch_bounds__(128) add_before_kernel(const Args<T> args) {
   let_next_begin();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   const int head = static_cast<int>(i / M), row = i % M, column = threadIdx.x % 32 * 2;
-  // As in add_parts_kernel.
+  // The shares that have the head's first and last tile, as in add_parts_kernel; those behind `begin` begin inside it.
   const uint32_t heads = args.heads, blocks = args.key_blocks;
   const int begin = (static_cast<uint32_t>(head) * blocks + (blocks - 1) / args.key_tiles) / heads;
-  const int count = ((head + 1u) * blocks - 1) / heads - begin + 1;
-  const int64_t first = (static_cast<int64_t>(head) + begin) * M + row;
+  const int last = ((head + 1u) * blocks - 1) / heads, count = (last - begin) * args.share_pieces;
+  const auto slot = [&](int share, int piece) {
+    return (static_cast<int64_t>(piece) * (blocks - 1) + begin + share) * M + row;
+  };
   float2 kv = {0, 0};
   float z = 0, c = empty;
   if (args.kv0 != nullptr) {
@@ -719,14 +713,14 @@ __global__ void __launch_bounds__(128) add_before_kernel(const Args<T> args) {
     c = fmaxf(args.log_scale0[i] * log2e - feature_bias(args, head % args.Hk, row), empty);
   }
   wait_for_previous();
-  constexpr int at_once = 4;  // loads that do not wait for one another
+  constexpr int at_once = 8;  // loads that do not wait for one another
   for (int n = 0; n < count; n += at_once) {
     float2 part_kv[at_once] = {};
     float part_z[at_once] = {}, part_c[at_once] = {};
 #pragma unroll
     for (int j = 0; j < at_once; ++j) {
       if (n + j < count) {
-        const int64_t at = first + (n + j) * M;
+        const int64_t at = slot((n + j) / args.share_pieces, (n + j) % args.share_pieces);
         part_kv[j] = *reinterpret_cast<const float2*>(args.part_kv + at * width + column);
         part_z[j] = args.part_z[at];
         part_c[j] = args.part_c[at];
@@ -736,17 +730,19 @@ __global__ void __launch_bounds__(128) add_before_kernel(const Args<T> args) {
 #pragma unroll
     for (int j = 0; j < at_once; ++j) {
       if (n + j < count) {
-        const int64_t at = first + (n + j) * M;
-        *reinterpret_cast<float2*>(args.part_kv + at * width + column) = kv;
-        if (column == 0) {
-          args.part_z[at] = z;
-          args.part_c[at] = c;
-        }
         const float next = fmaxf(c, part_c[j]);
         const float old = exp2_approximate(c - next), added = exp2_approximate(part_c[j] - next);
         kv = {fmaf(kv.x, old, part_kv[j].x * added), fmaf(kv.y, old, part_kv[j].y * added)};
         z = fmaf(z, old, part_z[j] * added);
         c = next;
+        if ((n + j + 1) % args.share_pieces == 0) {
+          const int64_t at = slot((n + j) / args.share_pieces, 0);
+          *reinterpret_cast<float2*>(args.part_kv + at * width + column) = kv;
+          if (column == 0) {
+            args.part_z[at] = z;
+            args.part_c[at] = c;
+          }
+        }
       }
     }
   }

@@ -97,6 +97,22 @@ struct Place {
     return place;
   }
 
+  // A piece of the tiles between where two shares of causal attention begin, of those of the second's head; none where
+  // it begins with a head. Neighbouring blocks have different shares, so that those without tiles spread.
+  template <typename T>
+  static __device__ __forceinline__ Place before_share(const Args<T>& args) {
+    const int64_t all = static_cast<int64_t>(args.heads) * args.key_tiles;
+    const int block = this_block(), between = args.key_blocks - 1, piece = block / between,
+              share = block - piece * between;
+    const int end = static_cast<int>(all * (share + 1) / args.key_blocks);
+    Place place(args, static_cast<uint32_t>(end) / static_cast<uint32_t>(args.key_tiles));
+    const int begin = max(static_cast<int>(all * share / args.key_blocks) - place.head * args.key_tiles, 0);
+    const int64_t tiles = end - place.head * args.key_tiles - begin;
+    place.tile = begin + static_cast<int>(tiles * piece / args.share_pieces);
+    place.count = begin + static_cast<int>(tiles * (piece + 1) / args.share_pieces) - place.tile;
+    return place;
+  }
+
   template <typename T>
   __device__ __forceinline__ void next_head(const Args<T>& args) {
     ++head;
@@ -218,9 +234,10 @@ template <typename Of, typename T>
 __device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
                                            const float (&c)[2]) {
   const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int64_t slot = static_cast<int64_t>(this_block()) + (args.share_pieces > 0 ? 0 : head);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = (static_cast<int64_t>(this_block()) + head) * Of::M + feature + 8 * i;
+    const int64_t row = slot * Of::M + feature + 8 * i;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
@@ -239,11 +256,23 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 template <typename Of, typename T, typename Last>
 __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, float (&kv)[32], float (&z)[2],
                                          float (&c)[2], Last&& last) {
-  Place at = Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.key_tiles);
+  Place at = Of::pass == Pass::both  ? Place(args, this_block())
+             : args.share_pieces > 0 ? Place::before_share(args)
+                                     : Place::share(args, args.key_tiles);
   if constexpr (Of::pass == Pass::both) {
     at.count = args.key_tiles;
   }
   const int count = at.count;
+#pragma unroll
+  for (float& x : kv) {
+    x = 0;
+  }
+  if constexpr (Of::pass == Pass::keys) {
+    if (count == 0) {
+      store_part<Of>(args, at.head, kv, z, c);
+      return;
+    }
+  }
   int head = at.head, first = at.tile * Of::keys, next = first;  // keys
   // The last tile lies in the first stage.
   const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
@@ -266,10 +295,6 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   for (int i = 1; i < Of::stages; ++i) {
     start_copy(i);
     copies_end();
-  }
-#pragma unroll
-  for (float& x : kv) {
-    x = 0;
   }
   for (int i = 0; i < count; ++i) {
     const uint4* stage = stage_of(i);
@@ -742,7 +767,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     args.key_blocks =
         static_cast<int>(causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
                                 : std::min(heads * args.key_tiles, resident));
-    const int64_t slots = heads + args.key_blocks - 1, of_parts = slots * F, of_heads = causal ? 0 : heads * F;
+    // As many pieces as run at once, of 8 tiles or more: what is summed in pieces has to be added.
+    const int64_t pieces_at_once = std::min(resident, heads * args.key_tiles / 8);
+    args.share_pieces = causal ? static_cast<int>(std::max(pieces_at_once / args.key_blocks, int64_t{1})) : 0;
+    const int64_t blocks = causal ? int64_t{args.key_blocks - 1} * args.share_pieces : args.key_blocks;
+    const int64_t of_parts = (causal ? blocks : heads + blocks - 1) * F, of_heads = causal ? 0 : heads * F;
     Tensor scratch;
     if (!causal || args.key_blocks != heads) {
       scratch = new_empty(q, {of_parts * (width + 2) + of_heads * (width / 2 + 1)}, ScalarType::Float);
@@ -751,7 +780,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
       args.part_z = args.exponents + of_heads;
       args.part_c = args.part_z + of_parts;
-      launch<Of>(args, args.key_blocks, index, stream);
+      launch<Of>(args, blocks, index, stream);
     }
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (causal) {
