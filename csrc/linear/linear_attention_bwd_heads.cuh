@@ -173,18 +173,7 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
     if (threadIdx.x < M) {
       top = fmaxf(top, fabsf(r_of_queries() + (omega ? 0.0f : sum_of(sums))) / 16);
     }
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-    }
-    if (lane == 0) {
-      largest[threadIdx.x / 32] = top;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Of::threads / 32; ++i) {
-      top = fmaxf(top, largest[i]);
-    }
+    top = largest_of_block<Of::threads>(top, largest);
     factor = 1.0f / top;
     back = top * exp2f(-key_shift<T>);
   }
