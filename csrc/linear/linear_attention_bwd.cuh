@@ -296,6 +296,25 @@ __device__ __forceinline__ void fill_means(const float* kv, const float* z, uint
   }
 }
 
+// The largest of all threads' numbers; `largest` is shared memory for one of each warp's.
+template <int Threads>
+__device__ __forceinline__ float largest_of_block(float x, float* largest) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
+  }
+  if (threadIdx.x % 32 == 0) {
+    largest[threadIdx.x / 32] = x;
+  }
+  __syncthreads();
+  x = largest[0];
+#pragma unroll
+  for (int i = 1; i < Threads / 32; ++i) {
+    x = fmaxf(x, largest[i]);
+  }
+  return x;
+}
+
 // Sums of columns over a warp's rows, of which a thread's x have columns i / 2 * 8 + 2 t + i % 2 of its own. Half of
 // them goes to the thread that is Lanes apart, until the first N / 8 are left, those of i from N / 8 g on.
 template <int Lanes, int Half, int N>

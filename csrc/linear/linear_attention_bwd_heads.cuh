@@ -187,22 +187,11 @@ __device__ __forceinline__ float take_dmeans(uint4* means, const float (&dmeans)
       }
     }
     if constexpr (is_half) {
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-      }
-      if (lane == 0) {
-        largest[threadIdx.x / 32] = top;
-      }
-    }
-    __syncthreads();
-    if constexpr (is_half) {
-#pragma unroll
-      for (int i = 0; i < Of::threads / 32; ++i) {
-        top = fmaxf(top, largest[i]);
-      }
+      top = largest_of_block<Of::threads>(top, largest);
       factor = 1.0f / top;
       back = top * exp2f(-key_shift<T>);
+    } else {
+      __syncthreads();
     }
   }
   float products[F / 4] = {};

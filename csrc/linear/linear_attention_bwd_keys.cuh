@@ -200,7 +200,6 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
   float* largest = dy + M;  // of each warp
 
   const Place at(args, blockIdx.x);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const T *k = args.x.at(at.i_b, at.i_h), *v = args.y.at(at.i_b, at.i_h);
   const bool* mask = args.mask == nullptr ? nullptr : args.mask + at.i_b * args.length;
   int ahead = at.begin, next_stage = 0, stage = 0;
@@ -277,15 +276,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
           top = fmaxf(top, fabsf(sums[i][e]));
         }
       }
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-      }
-      if (lane == 0) {
-        largest[warp] = top;
-      }
-      __syncthreads();
-      top = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+      top = largest_of_block<threads>(top, largest);
       factor = 1.0f / top;
       back = top * exp2f(-key_shift<T>);
     }
@@ -348,7 +339,6 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
   const Units units(args);
   uint32_t unit_ahead = units.begin;
   Place ahead = units.place(args, unit_ahead);  // what is copied next
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int next_stage = 0, stage = 0;
   const auto start_next = [&] {
     if (ahead.begin < ahead.end) {
@@ -428,15 +418,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
             top = fmaxf(top, fabsf(x[e]));
           }
         }
-#pragma unroll
-        for (int lanes = 1; lanes < 32; lanes *= 2) {
-          top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-        }
-        if (lane == 0) {
-          largest[warp] = top;
-        }
-        __syncthreads();
-        top = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+        top = largest_of_block<threads>(top, largest);
         factor = 1.0f / top;
         back = top * exp2f(-key_shift<T>);
       }

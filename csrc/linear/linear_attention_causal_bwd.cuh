@@ -583,6 +583,15 @@ __device__ __forceinline__ void store_slot(const Args& args, const Thread& at, c
   }
 }
 
+// What a thread's two features add to exponents, of queries and of keys together.
+__device__ __forceinline__ void load_bias(const Args& args, const Thread& at, const Place& place, float (&bias)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t f = place.i_k * args.bias_h + at.group * 64 + at.row(r);
+    bias[r] = args.bias == nullptr ? 0.0f : 2.0f * log2e * args.bias[f];
+  }
+}
+
 #endif
 
 }  // namespace causal

@@ -57,12 +57,8 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
   keys.load<M>(at, args.sums,
                static_cast<int64_t>(place.i_b * (args.heads / args.groups) + place.i_k) * args.segments +
                    blockIdx.x % args.segments);
-  float bias[2];  // of queries and of keys
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int64_t f = place.i_k * args.bias_h + at.group * 64 + at.row(r);
-    bias[r] = args.bias == nullptr ? 0.0f : 2.0f * log2e * args.bias[f];
-  }
+  float bias[2];
+  load_bias(args, at, place, bias);
   float domega[Omega ? values : 1] = {}, dbias[Omega ? 16 : 1] = {};
 
   for (int i_tile = place.begin; i_tile < place.end; ++i_tile) {
@@ -325,11 +321,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
   State queries;
   queries.load<M>(at, args.sums, blockIdx.x);
   float bias[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int64_t f = place.i_k * args.bias_h + at.group * 64 + at.row(r);
-    bias[r] = args.bias == nullptr ? 0.0f : 2.0f * log2e * args.bias[f];
-  }
+  load_bias(args, at, place, bias);
   float domega[Omega ? values : 1] = {}, dbias[Omega ? 16 : 1] = {};
 
   for (int i_tile = place.end - 1; i_tile >= place.begin; --i_tile) {

@@ -25,21 +25,21 @@ from .tiles import (
     add_columns,
     add_exponents,
     add_outer,
+    add_rest,
     add_token,
     chunk_keys,
     feature_bias,
     half_norm,
     in_float32,
     landed,
+    load_keys,
     load_omega,
     load_rows,
-    load_rows_of,
     load_state,
     nonlinear,
     on_device,
     operand,
     operands,
-    operands_times,
     phase,
     plan,
     project,
@@ -53,7 +53,6 @@ from .tiles import (
     store_rows,
     store_state,
     times_columns,
-    times_operands,
 )
 
 SPREAD = tl.constexpr(80.0)  # bits between a feature's queries of one chunk, above which the smaller may have vanished
@@ -106,7 +105,8 @@ def _dq_kernel(
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
                 b_p = project(b_q, b_omega, PRECISION)
                 b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
-                b_dw = times_operands(b_dout, b_u, b_rest, KIND, DTYPE, PRECISION)
+                b_dw = tl.dot(b_dout, tl.trans(b_u), input_precision=PRECISION)
+                b_dw = add_rest(b_dw, b_dout, tl.trans(b_rest), KIND, DTYPE, PRECISION)
                 if KIND == EXP:
                     b_p = b_p * exponent + b_c[None, :]
                     b_n = tl.maximum(b_r, tl.max(b_p, 1))
@@ -130,7 +130,8 @@ def _dq_kernel(
                 b_u, b_z, b_c = query_state(b_u, b_z, b_c, p_bias, o_f, F, BIASED, KIND)
                 b_u, b_rest = operands(b_u, KIND, DTYPE, PRECISION)
             b_p = project(b_q, b_omega, PRECISION)
-            b_ds = times_operands(b_dout, b_u, b_rest, KIND, DTYPE, PRECISION)
+            b_ds = tl.dot(b_dout, tl.trans(b_u), input_precision=PRECISION)
+            b_ds = add_rest(b_ds, b_dout, tl.trans(b_rest), KIND, DTYPE, PRECISION)
             if KIND == EXP:
                 b_p = add_exponents(b_p, b_c, exponent, WIDE)
                 if ONE:
@@ -190,7 +191,6 @@ def _dk_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     p_k, p_v = k + i_b * k_b + i_h * k_h, v + i_b * v_b + i_h * v_h
     p_w, p_bias = omega + i_h * omega_h, bias + i_h * bias_h
-    o_l = tl.arange(0, BL)
     end = tl.minimum(S, (i_block + 1) * span)
     if ONE:
         o_f = tl.arange(0, BF)
@@ -200,11 +200,7 @@ def _dk_kernel(
         if BIASED:
             b_c += tl.load(p_bias + o_f, mask=o_f < F, other=0.0) * LOG2E
     for i in steps(i_block * span, end, BL):
-        m_l = i + o_l < end
-        if MASK:
-            m_l &= tl.load(mask + i_b * S + i + o_l, mask=m_l, other=0) != 0
-        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
-        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        m_l, b_k, b_v = load_keys(p_k, p_v, mask + i_b * S, i, k_l, v_l, end, D, V, BL, BD, BV, MASK, DTYPE)
         b_e = half_norm(b_k, scale) if NORM or KIND == TRIG else tl.zeros((BL,), tl.float32)
         if KIND == TRIG:
             b_e -= tl.load(log_scale + i_bh * F) * LOG2E
@@ -231,7 +227,8 @@ def _dk_kernel(
                 b_p = nonlinear(b_t, eps, KIND) * b_g
             b_p_t = operand(b_p, DTYPE, PRECISION)  # the one copy that stays in registers
             b_dv = tl.dot(b_p_t, b_u, b_dv, input_precision=PRECISION)
-            b_da = add_columns(times_operands(b_v, b_u, b_rest, KIND, DTYPE, PRECISION), b_z, WIDE)
+            b_da = tl.dot(b_v, tl.trans(b_u), input_precision=PRECISION)
+            b_da = add_columns(add_rest(b_da, b_v, tl.trans(b_rest), KIND, DTYPE, PRECISION), b_z, WIDE)
             if KIND == EXP:
                 b_da *= b_p_t.to(tl.float32)
                 if NORM:
@@ -277,13 +274,10 @@ def _domega_kernel(
     b_db = tl.zeros((BF,), tl.float32)
     end = tl.minimum(S, (i_s + 1) * span)
     for i in steps(i_s * span, end, BS):
-        m_s = i + o_s < end
-        if MASK:
-            m_s &= tl.load(mask + i_b * S + i + o_s, mask=m_s, other=0) != 0
-        b_x = load_rows_of(p_x, i, x_l, m_s, D, BS, BD)
-        b_y = load_rows_of(p_y, i, y_l, m_s, V, BS, BV).to(DTYPE)
+        m_s, b_x, b_y = load_keys(p_x, p_y, mask + i_b * S, i, x_l, y_l, end, D, V, BS, BD, BV, MASK, DTYPE)
         b_p = project_t(b_omega, b_x, PRECISION)
-        b_ds = operands_times(b_u, b_rest, b_y, KIND, DTYPE, PRECISION)
+        b_ds = tl.dot(b_u, tl.trans(b_y), input_precision=PRECISION)
+        b_ds = add_rest(b_ds, b_rest, tl.trans(b_y), KIND, DTYPE, PRECISION)
         b_e = half_norm(b_x, scale) if NORM or (KIND == TRIG and not QUERIES) else tl.zeros((BS,), tl.float32)
         if KIND != TRIG:
             b_e *= -1.0
@@ -350,11 +344,7 @@ def _causal_dq_kernel(
     end = tl.minimum(L, (i_s + 1) * span)
     for i in steps(i_s * span, end, BL):
         m_row = i + o_l < end
-        m_l = m_row
-        if MASK:
-            m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
-        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
-        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        m_l, b_k, b_v = load_keys(p_k, p_v, mask + i_b * L, i, k_l, v_l, end, D, V, BL, BD, BV, MASK, DTYPE)
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
         b_pk = project_t(b_omega, b_k, PRECISION)
@@ -520,11 +510,7 @@ def _causal_dk_kernel(
     for n in steps(0, chunks, 1):
         i = begin + (chunks - 1 - n) * BL
         m_row = i + o_l < end
-        m_l = m_row
-        if MASK:
-            m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
-        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
-        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        m_l, b_k, b_v = load_keys(p_k, p_v, mask + i_b * L, i, k_l, v_l, end, D, V, BL, BD, BV, MASK, DTYPE)
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         b_dout = load_rows(p_dout, i, dout_l, end, V, BL, BV).to(DTYPE)
         b_row = tl.load(lse + i_bh * L + i + o_l, mask=m_row, other=0.0)
@@ -909,7 +895,7 @@ def causal_gradients(
                 START=late is not None, **tokens, NORMALIZE=p.flags["NORMALIZE"], num_warps=8,
             )  # fmt: skip
     if groups > 1:
-        dk, dv = (x.unflatten(1, (p.Hk, groups)).sum(2).to(q.dtype) for x in (dk, dv))
+        dk, dv = (p.add_groups(x) for x in (dk, dv))
     return dq, dk, dv, dstate, [x[0] for x in outs], [x[1] for x in outs]
 
 

@@ -24,9 +24,9 @@ from .tiles import (
     half_norm,
     in_float32,
     landed,
+    load_keys,
     load_omega,
     load_rows,
-    load_rows_of,
     load_state,
     nonlinear,
     on_device,
@@ -79,11 +79,7 @@ def _state_kernel(
     b_c = tl.full((BF,), EMPTY if KIND == EXP or KIND == TRIG else 0.0, tl.float32)
     end = tl.minimum(S, (i_s + 1) * span)
     for i in steps(i_s * span, end, BS):
-        m_s = i + o_s < end
-        if MASK:
-            m_s &= tl.load(mask + i_b * S + i + o_s, mask=m_s, other=0) != 0
-        b_x = load_rows_of(p_x, i, x_l, m_s, D, BS, BD)
-        b_y = load_rows_of(p_y, i, y_l, m_s, V, BS, BV).to(DTYPE)
+        m_s, b_x, b_y = load_keys(p_x, p_y, mask + i_b * S, i, x_l, y_l, end, D, V, BS, BD, BV, MASK, DTYPE)
         b_p = project_t(b_omega, b_x, PRECISION)
         if QUERIES:
             b_row = tl.load(lse + i_bh * S + i + o_s, mask=m_s, other=0.0)
@@ -290,11 +286,7 @@ def _causal_kernel(
     vanished = tl.zeros((BL,), tl.int32)
     end = tl.minimum(L, (i_s + 1) * span)
     for i in steps(i_s * span, end, BL):
-        m_l = i + o_l < end
-        if MASK:
-            m_l &= tl.load(mask + i_b * L + i + o_l, mask=m_l, other=0) != 0
-        b_k = load_rows_of(p_k, i, k_l, m_l, D, BL, BD)
-        b_v = load_rows_of(p_v, i, v_l, m_l, V, BL, BV).to(DTYPE)
+        m_l, b_k, b_v = load_keys(p_k, p_v, mask + i_b * L, i, k_l, v_l, end, D, V, BL, BD, BV, MASK, DTYPE)
         b_q = load_rows(p_q, i, q_l, end, D, BL, BD)
         # Keys, and the state with them, are done before queries, which registers could not hold as well.
         b_pk = project_t(b_omega, b_k, PRECISION)

@@ -13,16 +13,16 @@ from .tiles import (
     EMPTY,
     EXP,
     Plan,
+    add_rest,
     chunk_keys,
     feature_bias,
+    load_keys,
     load_omega,
     load_rows,
-    load_rows_of,
     nonlinear,
     on_device,
     operand,
     operands,
-    operands_times,
     pad,
     project,
     project_t,
@@ -76,14 +76,11 @@ def _short_kernel(
     i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     i_k = i_h // groups
-    o_f, o_s = tl.arange(0, BF), tl.arange(0, BS)
+    o_f = tl.arange(0, BF)
     b_omega = load_omega(omega + i_k * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY).to(q.dtype.element_ty)
     b_bias = feature_bias(bias + i_k * bias_h, o_f, F, BIASED)
-    m_s = o_s < S
-    if MASK:
-        m_s &= tl.load(mask + i_b * S + o_s, mask=m_s, other=0) != 0
-    b_k = load_rows_of(k + i_b * k_b + i_k * k_h, 0, k_l, m_s, D, BS, BD)
-    b_v = load_rows_of(v + i_b * v_b + i_k * v_h, 0, v_l, m_s, V, BS, BV).to(DTYPE)
+    p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
+    m_s, b_k, b_v = load_keys(p_k, p_v, mask + i_b * S, 0, k_l, v_l, S, D, V, BS, BD, BV, MASK, DTYPE)
     b_q = load_rows(q + i_b * q_b + i_h * q_h, 0, q_l, L, D, BL, BD)
     b_pk, b_n = _keys(b_k, m_s, b_omega, o_f, F, b_bias, scale, exponent, eps, KIND, NORM, WIDE, PRECISION)
     b_pq = _queries(b_q, b_omega, b_n, b_bias, scale, exponent, eps, KIND, WIDE, PRECISION)
@@ -105,10 +102,9 @@ def _short_gradients_kernel(
 ):  # fmt: skip
     """Of query heads walker, walker + walkers, ... of a set of them, which have the same projection."""
     WIDE: tl.constexpr = DTYPE == tl.float32
-    TWO: tl.constexpr = KIND == EXP and DTYPE == tl.bfloat16
     i_set, walker = tl.program_id(0) % sets, tl.program_id(0) // sets
     heads = H // sets
-    o_f, o_s, o_d = tl.arange(0, BF), tl.arange(0, BS), tl.arange(0, BD)
+    o_f, o_d = tl.arange(0, BF), tl.arange(0, BD)
     b_omega = load_omega(omega + i_set.to(tl.int64) * omega_h, o_f, M, F, D, BD, SIGNED, IDENTITY)
     b_omega = b_omega.to(q.dtype.element_ty)
     b_bias = feature_bias(bias + i_set.to(tl.int64) * bias_h, o_f, F, BIASED)
@@ -117,11 +113,8 @@ def _short_gradients_kernel(
     for u in steps(walker, units, walkers):
         i_b, i_h = tl.cast(u // heads, tl.int64), tl.cast(i_set * heads + u % heads, tl.int64)
         i_k, i_bh = i_h // groups, i_b * H + i_h
-        m_s = o_s < S
-        if MASK:
-            m_s &= tl.load(mask + i_b * S + o_s, mask=m_s, other=0) != 0
-        b_k = load_rows_of(k + i_b * k_b + i_k * k_h, 0, k_l, m_s, D, BS, BD)
-        b_v = load_rows_of(v + i_b * v_b + i_k * v_h, 0, v_l, m_s, V, BS, BV).to(DTYPE)
+        p_k, p_v = k + i_b * k_b + i_k * k_h, v + i_b * v_b + i_k * v_h
+        m_s, b_k, b_v = load_keys(p_k, p_v, mask + i_b * S, 0, k_l, v_l, S, D, V, BS, BD, BV, MASK, DTYPE)
         b_q = load_rows(q + i_b * q_b + i_h * q_h, 0, q_l, L, D, BL, BD)
         b_dout = load_rows(dout + i_b * dout_b + i_h * dout_h, 0, dout_l, L, V, BL, BV).to(DTYPE)
         b_pk, b_n = _keys(b_k, m_s, b_omega, o_f, F, b_bias, scale, exponent, eps, KIND, NORM, WIDE, PRECISION)
@@ -130,8 +123,7 @@ def _short_gradients_kernel(
         b_pk, b_pk_rest = operands(b_pk, KIND, DTYPE, PRECISION)
         b_pq = operand(b_pq, DTYPE, PRECISION)
         b_a = tl.dot(b_pq, b_pk, input_precision=PRECISION)
-        if TWO:
-            b_a = tl.dot(b_pq, b_pk_rest, b_a, input_precision=PRECISION)
+        b_a = add_rest(b_a, b_pq, b_pk_rest, KIND, DTYPE, PRECISION)
         b_den = tl.sum(b_a, 1)
         b_g = tl.where(b_den == 0.0, 0.0, 1.0 / tl.where(b_den == 0.0, 1.0, b_den))[:, None]
         b_a *= b_g
@@ -142,9 +134,9 @@ def _short_gradients_kernel(
         b_dv = tl.dot(tl.trans(b_a), b_dout, input_precision=PRECISION)
         store_rows(dv + i_bh * S * V, b_dv, 0, V, S, V, BS, BV)
         # Projections are made again where their slopes are wanted: registers do not hold them as well.
-        b_ds = operands_times(b_da, b_da_rest, b_pk, KIND, DTYPE, PRECISION)
-        if TWO:
-            b_ds = tl.dot(b_da, tl.trans(b_pk_rest), b_ds, input_precision=PRECISION)
+        b_ds = tl.dot(b_da, tl.trans(b_pk), input_precision=PRECISION)
+        b_ds = add_rest(b_ds, b_da_rest, tl.trans(b_pk), KIND, DTYPE, PRECISION)
+        b_ds = add_rest(b_ds, b_da, tl.trans(b_pk_rest), KIND, DTYPE, PRECISION)
         b_ds *= b_pq.to(tl.float32) if KIND == EXP else slope(project(b_q, b_omega, PRECISION) * scale, KIND)
         b_ds = operand(b_ds, DTYPE, PRECISION)
         b_dq = tl.dot(b_ds, b_omega.to(DTYPE), input_precision=PRECISION) * scale
@@ -154,8 +146,7 @@ def _short_gradients_kernel(
             if BIASED:
                 b_db += tl.sum(b_ds.to(tl.float32), 0)
         b_ds = tl.dot(tl.trans(b_pq), b_da, input_precision=PRECISION)
-        if TWO:
-            b_ds = tl.dot(tl.trans(b_pq), b_da_rest, b_ds, input_precision=PRECISION)
+        b_ds = add_rest(b_ds, tl.trans(b_pq), b_da_rest, KIND, DTYPE, PRECISION)
         if KIND == EXP:
             b_ds *= b_pk.to(tl.float32)
         else:
@@ -229,7 +220,7 @@ def short_gradients(
                 OMEGA=need_omega, DTYPE=p.dtype(), num_warps=_warps(p), num_stages=1,
             )  # fmt: skip
     if groups > 1:
-        dk, dv = (x.unflatten(1, (p.Hk, groups)).sum(2).to(q.dtype) for x in (dk, dv))
+        dk, dv = (p.add_groups(x) for x in (dk, dv))
     return dq, dk, dv, domega, dbias
 
 

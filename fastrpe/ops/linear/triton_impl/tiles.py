@@ -44,12 +44,27 @@ def load_rows(p_x, i, x_l, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.const
 
 @triton.jit
 def load_rows_of(p_x, i, x_l, m_r, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """The same, zero where not m_r: a key that takes no part may hold NaN."""
+    """The same, zero where not m_r."""
     o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
     m = m_r[:, None]
     if C != BC:
         m &= (o_c < C)[None, :]
     return tl.load(p_x + tl.cast(i, tl.int64) * x_l + o_r[:, None] * x_l + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def load_keys(
+    p_k, p_v, p_mask, i, k_l, v_l, rows,
+    D: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, MASK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Which of the keys i to i + BR take part, they, and their values: zero where they do not, and may hold NaN."""
+    o_r = tl.arange(0, BR)
+    m_r = i + o_r < rows
+    if MASK:
+        m_r &= tl.load(p_mask + i + o_r, mask=m_r, other=0) != 0
+    b_k = load_rows_of(p_k, i, k_l, m_r, D, BR, BD)
+    return m_r, b_k, load_rows_of(p_v, i, v_l, m_r, V, BR, BV).to(DTYPE)
 
 
 @triton.jit
@@ -100,20 +115,10 @@ def operands(b_x, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def times_operands(b_y, b_x, b_rest, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """y x^T of these."""
-    b_s = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)
+def add_rest(b_s, b_x, b_y, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """s + x y, one of them a rest, where `operands` leaves one."""
     if KIND == EXP and DTYPE == tl.bfloat16:
-        b_s = tl.dot(b_y, tl.trans(b_rest), b_s, input_precision=PRECISION)
-    return b_s
-
-
-@triton.jit
-def operands_times(b_x, b_rest, b_y, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x y^T of these."""
-    b_s = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
-    if KIND == EXP and DTYPE == tl.bfloat16:
-        b_s = tl.dot(b_rest, tl.trans(b_y), b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_x, b_y, b_s, input_precision=PRECISION)
     return b_s
 
 
@@ -435,6 +440,11 @@ class Plan:
     @property
     def is_half(self) -> bool:
         return self.input in (torch.float16, torch.bfloat16)
+
+    def add_groups(self, x: Tensor) -> Tensor:
+        """Gradients (B, H, ...) of what a group of query heads shares, added, in the inputs' dtype."""
+        y: Tensor = x.unflatten(1, (self.Hk, -1)).sum(2).to(self.input)
+        return y
 
     def options(self, names: str) -> dict[str, Any]:
         return {name: self.flags[name] for name in names.split()}
