@@ -143,6 +143,43 @@ __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)
                : "memory");
 }
 
+// Loads what store_matrices stores: lane l gives the address of row l % 8 of number l / 8; or each one's transpose.
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const uint4* from) {
+  const uint32_t address = shared_address(from);
+  if constexpr (Transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) of a warp. Thread (g, t) = (lane / 4, lane % 4) holds of c rows g (c[0] and
+// c[1]) and g + 8, columns 2 t and the next; of a pairs of columns 2 t and 2 t + 8, in the order (g, 2 t), (g + 8, 2
+// t), (g, 2 t + 8), (g + 8, 2 t + 8); and of column g of b pairs of rows 2 t and 2 t + 8.
+template <typename T>
+__device__ __forceinline__ void multiply_warp(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
 // An operand in shared memory: rows of 64 16-bit values along the inner index, the 16-byte piece u of row i at
 // u ^ i % 8. `p` is aligned to 1024 bytes, or lies 32 bytes further for each step of 16 values. An operand named in
 // Inner, below, of 128 rows or columns of the product has the second 64 of them `slab` bytes further.

@@ -2,11 +2,11 @@
 
 #include "linear_attention.cuh"
 
-// Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64, with
-// warpgroups for keys and others for queries, one tile behind. Those for keys divide the features: each keeps the sums
-// over the keys so far of its own in registers, and leaves in shared memory, as an item, what a tile's queries need:
-// the features of the tile's keys and the sums over the keys before. Those for queries take tiles in turn, with all
-// features, and make rows. Items and values are rings, with barriers in shared memory.
+// Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64. A
+// warpgroup copies keys and values. Others, for keys, divide the features: each keeps the sums over the keys so far of
+// its own in registers, and leaves in shared memory, as an item, what a tile's queries need: the features of the tile's
+// keys and the sums over the keys before. Those for queries, behind them, take tiles in turn, with all features, and
+// make rows. Keys, values and items are rings, with barriers in shared memory.
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
@@ -22,36 +22,52 @@ template <int Features>
 struct Plan {
   static constexpr int M = Features;
   static constexpr int key_groups = M == 64 ? 1 : 2, query_groups = M == 128 ? 2 : 1;  // warpgroups
-  static constexpr int key_threads = 128 * key_groups, threads = key_threads + 128 * query_groups;
+  static constexpr int key_threads = 128 * key_groups, walkers = key_threads + 128 * query_groups;
+  static constexpr int threads = walkers + 128;           // those who copy come last
   static constexpr int blocks = M == 64 ? 2 : 1;          // of a multiprocessor
   static constexpr int parts = M / (64 * key_groups);     // of 64 features, of a warpgroup for keys
   static constexpr int query_part = M == 128 ? 128 : 64;  // features that a warpgroup for queries has at once
-  static constexpr int registers = M == 256 ? 168 : 128;  // of a thread, at first and on average
-  static constexpr int key_registers = M == 256 ? 168 : 120, query_registers = M == 256 ? 168 : 136;
+  // Of a thread, at first and on average; then of those who copy, for keys and for queries.
+  static constexpr int registers = M == 64 ? 80 : M == 128 ? 96 : 128, copy_registers = 32;
+  static constexpr int key_registers = M == 256 ? 160 : 96;
+  static constexpr int query_registers = M == 64 ? 112 : M == 128 ? 128 : 160;
   static constexpr int rows = 64;               // tokens of a tile
   static constexpr int matrix = rows * pieces;  // in units of 16 bytes, as all of these
   static constexpr int features = M * pieces;   // omega
   static constexpr int item = 2 * features;     // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
   static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
-  static constexpr int values = query_groups + 2;
+  static constexpr int values = M == 256 ? 3 : 4;
   static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
-  static constexpr int floats = 2 * M * items + M + stages * rows;
-  static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values);
+  static constexpr int floats = 2 * M * items + stages * rows;
+  static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values + 2 * stages);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
   static_assert(64 * parts * key_groups == M && M % query_part == 0);
-  static_assert(128 * (key_groups * key_registers + query_groups * query_registers) <= threads * registers);
+  static_assert(key_threads * key_registers + (walkers - key_threads) * query_registers + 128 * copy_registers <=
+                threads * registers);
 };
+
+// Where number n of a ring of N lies, and the parity of how often all of the ring was used before.
+template <int N>
+__device__ __forceinline__ int place(uint32_t n) {
+  return n % N;
+}
+
+template <int N>
+__device__ __forceinline__ uint32_t parity(uint32_t n) {
+  return n / N % 2;
+}
 
 // An item also has what features add to queries' exponents, the sums of their weights before it, and the rows [x, y) of
 // the tile that it is for.
 template <typename Of>
 struct Memory {
   uint4 *omega, *items, *k, *v, *q;
-  float *exponents, *z, *bias, *key_bias;
+  float *exponents, *z, *key_bias;
   int2* ranges;
-  uint64_t *full, *read;  // an item is there; it is no longer needed
-  uint64_t* left;         // values are no longer needed by queries
+  uint64_t *full, *read;         // an item is there; it is no longer needed
+  uint64_t *landed, *projected;  // keys are there, with their values and biases; they are no longer needed
+  uint64_t* left;                // values are no longer needed, by queries
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
@@ -61,134 +77,81 @@ struct Memory {
         q(v + Of::values * Of::matrix),
         exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::stages * Of::matrix)),
         z(exponents + Of::items * Of::M),
-        bias(z + Of::items * Of::M),
-        key_bias(bias + Of::M),
+        key_bias(z + Of::items * Of::M),
         ranges(reinterpret_cast<int2*>(key_bias + Of::stages * Of::rows)),
         full(reinterpret_cast<uint64_t*>(ranges + Of::items)),
         read(full + Of::items),
-        left(read + Of::items) {}
+        landed(read + Of::items),
+        projected(landed + Of::stages),
+        left(projected + Of::stages) {}
 };
 
-// A tile, which begins with token `first` of key head h of batch b.
+// A tile, which begins with token `first` of key head number `head` of all.
 struct Tile {
-  int b, h, first;
+  int head, first;
 
-  // Where share n of the tiles of all heads begins.
   template <typename T>
-  __device__ __forceinline__ Tile(const Args<T>& args, int n) {
-    const int at = static_cast<int>(static_cast<int64_t>(args.heads) * args.key_tiles * n / args.key_blocks);
-    const int head = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.key_tiles);
-    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
-    h = head - b * args.Hk;
-    first = (at - head * args.key_tiles) * args.key_tile;
+  __device__ __forceinline__ int b(const Args<T>& args) const {
+    return static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
   }
 
   template <typename T>
-  __device__ __forceinline__ int head(const Args<T>& args) const {
-    return b * args.Hk + h;
+  __device__ __forceinline__ int h(const Args<T>& args) const {
+    return static_cast<uint32_t>(head) % static_cast<uint32_t>(args.Hk);
   }
 
+  // How many tiles of its head there are from it on.
   template <typename T>
-  __device__ __forceinline__ bool is_last(const Args<T>& args) const {
-    return first + 64 >= args.L;
+  __device__ __forceinline__ int left(const Args<T>& args) const {
+    return max((args.L - first + 63) / 64, 1);
   }
 
   template <typename T>
   __device__ __forceinline__ void next(const Args<T>& args) {
-    if (!is_last(args)) {
-      first += 64;
-      return;
+    first += 64;
+    if (first >= args.L) {
+      next_head();
     }
+  }
+
+  __device__ __forceinline__ void next_head() {
+    ++head;
     first = 0;
-    if (++h == args.Hk) {
-      h = 0;
-      ++b;
-    }
   }
 };
 
-// Copies of a share's keys and values, tile by tile; a thread has piece u of every step-th row from row i on.
-template <typename Of, typename T>
-struct Keys {
-  static constexpr int step = Of::key_threads / pieces, count = Of::rows / step;
+// A block's tiles: a share of those of all key heads, for one of a group's query heads.
+struct Share {
+  int number, query, count;
+  Tile begin;
 
-  Tile tile;
-  const T *k, *v;
-
-  __device__ __forceinline__ Keys(const Args<T>& args, const Tile& tile) : tile(tile) {
-    find(args);
+  template <typename T>
+  __device__ __forceinline__ explicit Share(const Args<T>& args) {
+    query = static_cast<uint32_t>(this_block()) / static_cast<uint32_t>(args.key_blocks);
+    number = this_block() - query * args.key_blocks;
+    begin = tile(args, number);
+    const Tile end = tile(args, number + 1);
+    count = (end.head - begin.head) * Tile{0, 0}.left(args) + (end.first - begin.first) / 64;
   }
 
-  __device__ __forceinline__ void find(const Args<T>& args) {
-    const int row = tile.first + threadIdx.x / pieces, u = threadIdx.x % pieces;
-    k = args.k.at(tile.b, tile.h) + row * args.k.l + u * 8;
-    v = args.v.at(tile.b, tile.h) + row * args.v.l + u * 8;
-  }
-
-  // Which of this thread's rows have a key that takes part: bit n for row i + n step.
-  __device__ __forceinline__ uint32_t start(const Args<T>& args, uint4* to_k, uint4* to_v) {
-    const int i = threadIdx.x / pieces, u = threadIdx.x % pieces;
-    uint32_t inside = ~0u;
-    if (tile.first + Of::rows > args.L || args.mask != nullptr) {
-      inside = 0;
-#pragma unroll
-      for (int n = 0; n < count; ++n) {
-        inside |= takes_part(args, tile.b, tile.first + i + n * step) ? 1u << n : 0u;
-      }
-    }
-    copy(k, args.k.l, to_k + piece(i, u), inside);
-    copy(v, args.v.l, to_v + piece(i, u), inside);
-    copies_end();
-    tile.next(args);
-    if (tile.first == 0) {
-      find(args);
-    } else {
-      k += Of::rows * args.k.l;
-      v += Of::rows * args.v.l;
-    }
-    return inside;
-  }
-
-  // A step of 8 rows keeps the swizzle.
-  static __device__ __forceinline__ void copy(const T* from, int64_t stride, uint4* to, uint32_t inside) {
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-      copy_async<16>(to + n * step * pieces, from + n * step * stride, inside >> n & 1);
-    }
+  // Where a share begins.
+  template <typename T>
+  static __device__ __forceinline__ Tile tile(const Args<T>& args, int share) {
+    const int at = static_cast<int>(static_cast<int64_t>(args.heads) * args.key_tiles * share / args.key_blocks);
+    const int head = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.key_tiles);
+    return {head, (at - head * args.key_tiles) * args.key_tile};
   }
 };
 
-template <typename Of, typename T>
-__device__ __forceinline__ void start_queries(const Args<T>& args, const Tile& tile, int query, uint4* to) {
-  const T* from = args.q.at(tile.b, static_cast<int64_t>(tile.h) * args.queries + query);
-  fetch<128, Of::rows>(from, args.q.l, tile.first, to, [&](int row) { return row < args.L; });
-  copies_end();
+template <typename T>
+__device__ __forceinline__ const T* queries_of(const Args<T>& args, const Tile& tile, int query) {
+  return args.q.at(tile.b(args), static_cast<int64_t>(tile.h(args)) * args.queries + query);
 }
 
-// The exponents that keys add to their projections; a thread looks at what it has copied itself.
 template <typename Of, typename T>
-__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, uint32_t inside, float* to) {
-  using Copy = Keys<Of, T>;
-  const int i = threadIdx.x / pieces, u = threadIdx.x % pieces;
-#pragma unroll
-  for (int n = 0; n < Copy::count; ++n) {
-    float sum = 0;
-    if (args.norm != 0) {
-      float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + n * Copy::step * pieces + piece(i, u)));
-#pragma unroll
-      for (float value : x) {
-        sum = fmaf(value, value, sum);
-      }
-#pragma unroll
-      for (int other = 1; other < pieces; other *= 2) {
-        sum += __shfl_xor_sync(~0u, sum, other);
-      }
-    }
-    if (u == 0) {
-      to[i + n * Copy::step] = inside >> n & 1 ? sum * args.norm : masked;
-    }
-  }
+__device__ __forceinline__ void start_queries(const Args<T>& args, const T* rows, int first, uint4* to) {
+  fetch<128, Of::rows>(rows, args.q.l, first, to, [&](int row) { return row < args.L; });
+  copies_end();
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -201,27 +164,28 @@ __device__ __forceinline__ int first_row() {
 // 64 x 64 values, as registers of a product hold them, to rows of shared memory.
 __device__ __forceinline__ void store_matrix(uint4* to, const uint32_t (&values)[4][4]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  const uint32_t at = shared_address(to + piece(row, lane / 16));
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    store_matrices(shared_address(to + piece(row, 2 * n + lane / 16)), values[n]);
+    store_matrices(at ^ 32 * n, values[n]);  // piece 2 n + lane / 16
   }
 }
 
 // The sums over the keys before a tile, of a thread's two features.
 template <int M, typename T>
 __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile, int share, int feature,
-                                           const float (&bias)[2], float (&kv)[32], float (&z)[2], float (&c)[2]) {
+                                           float (&kv)[32], float (&z)[2], float (&c)[2]) {
   const bool is_part = tile.first > 0;
   const float *from_kv = is_part ? args.part_kv : args.kv0, *from_z = is_part ? args.part_z : args.z0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = static_cast<int64_t>(is_part ? share - 1 : tile.head(args)) * M + feature + 8 * i;
+    const int64_t row = static_cast<int64_t>(is_part ? share - 1 : tile.head) * M + feature + 8 * i;
     z[i] = from_kv == nullptr ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
       c[i] = args.part_c[row];
     } else if (from_kv != nullptr) {
-      c[i] = fmaxf(args.log_scale0[row] * log2e - bias[i], empty);
+      c[i] = fmaxf(args.log_scale0[row] * log2e - feature_bias(args, tile.h(args), feature + 8 * i), empty);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -236,19 +200,19 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
 }
 
 template <int M, typename T>
-__device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float* bias,
-                                            const float (&kv)[32], const float (&z)[2], const float (&c)[2]) {
+__device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float (&kv)[32],
+                                            const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = static_cast<int64_t>(tile.head(args)) * M + feature + 8 * i;
+    const int64_t row = static_cast<int64_t>(tile.head) * M + feature + 8 * i;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       *reinterpret_cast<float2*>(args.kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i], kv[4 * j + 2 * i + 1]};
     }
     if (t == 0) {
       args.z[row] = z[i];
-      args.log_scale[row] = (c[i] + bias[8 * i]) * ln2;
+      args.log_scale[row] = (c[i] + feature_bias(args, tile.h(args), feature + 8 * i)) * ln2;
     }
   }
 }
@@ -286,194 +250,273 @@ template <typename Of>
 __device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
   for (int i = 0; i < Of::items; ++i) {
     barrier_prepare(memory.full + i, Of::key_threads);
-    barrier_prepare(memory.read + i, Of::threads - Of::key_threads);
+    barrier_prepare(memory.read + i, Of::walkers - Of::key_threads);
+  }
+  for (int i = 0; i < Of::stages; ++i) {
+    barrier_prepare(memory.landed + i, Of::threads - Of::walkers);
+    barrier_prepare(memory.projected + i, Of::key_threads);
   }
   for (int i = 0; i < Of::values; ++i) {
     barrier_prepare(memory.left + i, 128);  // of the warpgroup that has had the tile
   }
 }
 
-// Another head's omega, where each has its own; for all threads, when they have left the old one.
+// Another head's omega, where each has its own; for keys and queries, when all have left the old one.
 template <typename Of, typename T>
 __device__ __forceinline__ void change_projection(const Args<T>& args, const Memory<Of>& memory, const Tile& tile) {
-  if (args.projection.head != 0 && tile.first == 0) {
-    __syncthreads();
-    fill_projection<T, Of::M, Of::threads>(args.projection, tile.h, memory.omega);
+  if (args.projection.head != 0) {
+    barrier_sync<4, Of::walkers>();
+    fill_projection<T, Of::M, Of::walkers>(args.projection, tile.h(args), memory.omega);
     copies_end();
     copies_wait<0>();
     copies_visible();
-    __syncthreads();
+    barrier_sync<4, Of::walkers>();
   }
 }
 
-// The warpgroups for keys. What the first tile needs is there.
+// The warpgroup that copies a share's keys and values, tile by tile. A warp has 16 rows, a thread a piece of each
+// fourth.
 template <typename Of, typename T>
-__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, Keys<Of, T> keys, Tile tile,
-                                          int count, int share, bool stores) {
-  uint32_t inside = 0;
-  const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), row = first_row();
-  constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
-  const uint64_t of_omega = operand(memory.omega + features * pieces);
-  float* own_bias = memory.bias + features + row;  // no other thread's
-  float kv[Of::parts][32], z[Of::parts][2], c[Of::parts][2];
-  float s[32];  // features x keys
-  const auto project = [&](int part, int i) {
-    const uint64_t of_k = operand(memory.k + i % Of::stages * Of::matrix);
-    products_begin();
-#pragma unroll
-    for (int step = 0; step < width / 16; ++step) {
-      multiply<T>(s, further(of_omega, part * bytes + 32 * step), further(of_k, 32 * step), step > 0);
-    }
-    products_end();
-  };
-  for (int i = 0, item = 0, begin = 0, end = Of::rows; i < count;) {
-    const float* key_bias = memory.key_bias + i % Of::stages * Of::rows;
-    const auto add = [&](float (&next)[2]) {
-      next[0] = next[1] = masked;
-      add_exponents(s, args.scale, key_bias, next);
-      if (end - begin < Of::rows) {
-        next[0] = next[1] = masked;
-#pragma unroll
-        for (int n = 0; n < 32; ++n) {
-          const int key = n / 4 * 8 + 2 * t + n % 2;
-          s[n] = key >= begin && key < end ? s[n] : masked;
-          next[n / 2 % 2] = fmaxf(next[n / 2 % 2], s[n]);
-        }
-      }
-    };
-    project(0, i);
-    const bool is_first = end - begin == Of::rows;  // of this tile
-    if (is_first && i + 1 < count) {
-      const int next = i + 1;
-      barrier_wait(memory.left + next % Of::values, (next / Of::values + 1) % 2);
-      inside = keys.start(args, memory.k + next % Of::stages * Of::matrix, memory.v + next % Of::values * Of::matrix);
-    }
-    products_wait(s);
-#pragma unroll
-    for (int part = 0; part < Of::parts; ++part) {
-      if (is_first && (i == 0 || tile.first == 0)) {
-        const int feature = features + 64 * part + row;
-        const float bias[2] = {feature_bias(args, tile.h, feature), feature_bias(args, tile.h, feature + 8)};
-        load_state<Of::M>(args, tile, share, feature, bias, kv[part], z[part], c[part]);
-        if (t == 0) {
-          own_bias[64 * part] = bias[0];
-          own_bias[64 * part + 8] = bias[1];
-        }
-      }
-    }
-    float next[Of::parts][2];
-    bool far = false;
-#pragma unroll
-    for (int part = 0; part < Of::parts; ++part) {
-      if (part > 0) {
-        project(part, i);
-        products_wait(s);
-      }
-      add(next[part]);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        next[part][n] = fmaxf(c[part][n], largest_of_four(next[part][n]));
-      }
-      far |= is_far(s, c[part], next[part], key_bias, begin, end);
-    }
-    if (barrier_or<1, Of::key_threads>(far) && end - begin > 1) {
-      end = begin + (end - begin) / 2;
-      continue;
-    }
+struct Copies {
+  static constexpr int step = 32 / pieces, count = 16 / step;
 
-    const int slot = item % Of::items;
-    uint4* to = memory.items + slot * Of::item + features * pieces;
-    const uint64_t of_v = operand(memory.v + i % Of::values * Of::matrix);
-    barrier_wait(memory.read + slot, (item / Of::items + 1) % 2);
+  const Args<T>& args;
+  const Memory<Of>& memory;
+  Tile tile;        // the next
+  const T *k, *v;   // its rows
+  int row;          // this thread's first of a tile
+  uint32_t inside;  // which of this thread's rows of the tile under way take part
+
+  __device__ __forceinline__ Copies(const Args<T>& args, const Memory<Of>& memory, const Tile& tile)
+      : args(args), memory(memory), tile(tile), row(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / pieces) {
+    find();
+  }
+
+  __device__ __forceinline__ void find() {
+    const int at = tile.first + row, u = threadIdx.x % pieces;
+    k = args.k.at(tile.b(args), tile.h(args)) + at * args.k.l + u * 8;
+    v = args.v.at(tile.b(args), tile.h(args)) + at * args.v.l + u * 8;
+  }
+
+  // For this block's tile number i.
+  __device__ __forceinline__ void start(int i) {
+    inside = ~0u;
+    if (tile.first + Of::rows > args.L || args.mask != nullptr) {
+      const int b = tile.b(args);
+      inside = 0;
 #pragma unroll
-    for (int part = Of::parts - 1; part >= 0; --part) {
-      if (part < Of::parts - 1) {
-        float ignored[2];
-        project(part, i);
-        products_wait(s);
-        add(ignored);
+      for (int n = 0; n < count; ++n) {
+        inside |= takes_part(args, b, tile.first + row + n * step) ? 1u << n : 0u;
       }
-      // The state before these keys, relative to their maxima.
-      if (__any_sync(~0u, next[part][0] > c[part][0] || next[part][1] > c[part][1])) {
-        const float factor[2] = {exp2_approximate(c[part][0] - next[part][0]),
-                                 exp2_approximate(c[part][1] - next[part][1])};
-#pragma unroll
-        for (int n = 0; n < 32; ++n) {
-          kv[part][n] *= factor[n / 2 % 2];
-        }
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          z[part][n] *= factor[n];
-          c[part][n] = next[part][n];
-        }
-      }
-      uint32_t weights[4][4];
-#pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        weights[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
-      }
-      store_matrix(to + Of::features + part * Of::matrix, weights);
-      if (t == 0) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int at = slot * Of::M + features + 64 * part + row + 8 * n;
-          memory.exponents[at] =
-              c[part][n] + 2 * own_bias[64 * part + 8 * n];  // the bias counts for keys and for queries
-          memory.z[at] = z[part][n];
-        }
-      }
-      float total[2] = {0, 0};
-#pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        const float x = exp2_approximate(s[2 * n] - c[part][n % 2]),
-                    y = exp2_approximate(s[2 * n + 1] - c[part][n % 2]);
-        total[n % 2] += x + y;
-        weights[n / 4][n % 4] = pack<T>(x, y);
-      }
-      store_matrix(to + part * Of::matrix, weights);
-      z[part][0] += sum_of_four(total[0]);
-      z[part][1] += sum_of_four(total[1]);
-      products_begin();
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
-      }
-      products_end();
     }
-    if (threadIdx.x == 0) {
-      memory.ranges[slot] = {begin, end};
+    copy(k, args.k.l, memory.k + place<Of::stages>(i) * Of::matrix);
+    copy(v, args.v.l, memory.v + place<Of::values>(i) * Of::matrix);
+    copies_end();
+    tile.next(args);
+    if (tile.first == 0) {
+      find();
+    } else {
+      k += Of::rows * args.k.l;
+      v += Of::rows * args.v.l;
     }
-    // The next tile's copies are waited for here: a thread that makes its stores visible waits for all it has started.
-    const bool is_last = end == Of::rows;
-    if (is_last && i + 1 < count) {
-      const int stage = (i + 1) % Of::stages;
+  }
+
+  __device__ __forceinline__ void copy(const T* from, int64_t stride, uint4* to) const {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      copy_async<16>(to + piece(row + n * step, threadIdx.x % pieces), from + n * step * stride, inside >> n & 1);
+    }
+  }
+
+  // The exponents that a warp's 16 keys add to their projections. Squared norms are the diagonal of their products with
+  // one another: lane (g, t), with t = g / 2, has those of keys g and g + 8.
+  __device__ __forceinline__ void fill_bias(int i) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, first = threadIdx.x % 128 / 32 * 16;
+    const uint4* rows = memory.k + place<Of::stages>(i) * Of::matrix + first * pieces;
+    float low[4] = {}, high[4] = {};  // with keys 0 to 7, and with 8 to 15
+    if (args.norm != 0) {
+#pragma unroll
+      for (int n = 0; n < width / 16; ++n) {
+        uint32_t a[4];
+        load_matrices<false>(a, rows + piece(lane % 16, 2 * n + lane / 16));
+        multiply_warp<T>(low, a, a[0], a[2]);
+        multiply_warp<T>(high, a, a[1], a[3]);
+      }
+    }
+    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;
+    if (lane % 4 == g / 2) {
+      float* to = memory.key_bias + place<Of::stages>(i) * Of::rows + first + g;
+      to[0] = own & 1 ? (g % 2 == 0 ? low[0] : low[1]) * args.norm : masked;
+      to[8] = own >> 8 / step & 1 ? (g % 2 == 0 ? high[2] : high[3]) * args.norm : masked;
+    }
+  }
+
+  // The first tile's copies are under way.
+  __device__ __forceinline__ void walk(int tiles) {
+    for (int i = 0; i < tiles; ++i) {
+      if (i > 0) {
+        barrier_wait(memory.projected + place<Of::stages>(i), parity<Of::stages>(i) ^ 1);
+        barrier_wait(memory.left + place<Of::values>(i), parity<Of::values>(i) ^ 1);
+        start(i);
+      }
       copies_wait<0>();
-      fill_key_bias<Of>(args, memory.k + stage * Of::matrix, inside, memory.key_bias + stage * Of::rows);
+      copies_visible();
+      __syncwarp();
+      fill_bias(i);
+      barrier_arrive(memory.landed + place<Of::stages>(i));
     }
-    copies_visible();
-    barrier_arrive(memory.full + slot);
+  }
+};
+
+// The warpgroups for keys.
+template <typename Of, typename T>
+__device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
+  const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), feature = features + first_row();
+  constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
+  const uint64_t of_omega = operand(memory.omega + features * pieces), all_keys = operand(memory.k),
+                 all_values = operand(memory.v);
+  float kv[Of::parts][32], z[Of::parts][2], c[Of::parts][2];
+  float bias[Of::parts];  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
+  float s[32];            // features x keys
+  int i = 0, item = 0;
+  for (Tile tile = share.begin; i < share.count; tile.next_head()) {
+    if (i > 0) {
+      change_projection(args, memory, tile);
+    }
 #pragma unroll
     for (int part = 0; part < Of::parts; ++part) {
-      products_wait(kv[part]);
+      const int row = feature + 64 * part;
+      load_state<Of::M>(args, tile, share.number, row, kv[part], z[part], c[part]);
+      bias[part] = t < 2 ? 2 * feature_bias(args, tile.h(args), row + 8 * t) : 0;
     }
-    ++item;
-    if (!is_last) {
-      const int rows = end - begin;
-      begin = end;
-      end = min(begin + 2 * rows, Of::rows);
-      continue;
-    }
-    if (stores && tile.is_last(args)) {
+    const int last = i + tile.left(args), until = min(last, share.count);
+    for (int begin = 0, end = Of::rows; i < until;) {
+      const int stage = place<Of::stages>(i);
+      const float* key_bias = memory.key_bias + stage * Of::rows;
+      const uint64_t of_k = further(all_keys, stage * bytes);
+      const auto project = [&](int part) {
+        products_begin();
+#pragma unroll
+        for (int step = 0; step < width / 16; ++step) {
+          multiply<T>(s, further(of_omega, part * bytes + 32 * step), further(of_k, 32 * step), step > 0);
+        }
+        products_end();
+        products_wait(s);
+      };
+      const auto add = [&](float (&next)[2]) {
+        next[0] = next[1] = masked;
+        add_exponents(s, args.scale, key_bias, next);
+        if (end - begin < Of::rows) {
+          next[0] = next[1] = masked;
+#pragma unroll
+          for (int n = 0; n < 32; ++n) {
+            const int key = n / 4 * 8 + 2 * t + n % 2;
+            s[n] = key >= begin && key < end ? s[n] : masked;
+            next[n / 2 % 2] = fmaxf(next[n / 2 % 2], s[n]);
+          }
+        }
+      };
+      if (begin == 0 && end == Of::rows) {
+        barrier_wait(memory.landed + stage, parity<Of::stages>(i));
+      }
+      float next[Of::parts][2];
+      bool far = false;
 #pragma unroll
       for (int part = 0; part < Of::parts; ++part) {
-        store_state<Of::M>(args, tile, features + 64 * part + row, own_bias + 64 * part, kv[part], z[part], c[part]);
+        project(part);
+        add(next[part]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          next[part][n] = fmaxf(c[part][n], largest_of_four(next[part][n]));
+        }
+        far |= is_far(s, c[part], next[part], key_bias, begin, end);
       }
+      far = barrier_or<1, Of::key_threads>(far);
+      if (__any_sync(~0u, far) && end - begin > 1) {  // which tells the compiler that a warp's threads agree
+        end = begin + (end - begin) / 2;
+        continue;
+      }
+
+      const bool is_last = end == Of::rows;
+      const int slot = place<Of::items>(item);
+      uint4* to = memory.items + slot * Of::item + features * pieces;
+      const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
+      barrier_wait(memory.read + slot, parity<Of::items>(item) ^ 1);
+#pragma unroll
+      for (int part = Of::parts - 1; part >= 0; --part) {
+        if (part < Of::parts - 1) {
+          float ignored[2];
+          project(part);
+          add(ignored);
+        }
+        if (part == 0 && is_last) {
+          barrier_arrive(memory.projected + stage);
+        }
+        // The state before these keys, relative to their maxima.
+        if (__any_sync(~0u, next[part][0] > c[part][0] || next[part][1] > c[part][1])) {
+          const float factor[2] = {exp2_approximate(c[part][0] - next[part][0]),
+                                   exp2_approximate(c[part][1] - next[part][1])};
+#pragma unroll
+          for (int n = 0; n < 32; ++n) {
+            kv[part][n] *= factor[n / 2 % 2];
+          }
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            z[part][n] *= factor[n];
+            c[part][n] = next[part][n];
+          }
+        }
+        uint32_t weights[4][4];
+#pragma unroll
+        for (int n = 0; n < 16; ++n) {
+          weights[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
+        }
+        store_matrix(to + Of::features + part * Of::matrix, weights);
+        // Of a feature's four lanes two store exponents and two sums of weights.
+        float* row = (t < 2 ? memory.exponents : memory.z) + slot * Of::M + feature + 64 * part + t % 2 * 8;
+        *row = (t < 2 ? t == 0 ? c[part][0] : c[part][1] : t == 2 ? z[part][0] : z[part][1]) + bias[part];
+        float total[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < 16; ++n) {
+          const float x = exp2_approximate(s[2 * n] - c[part][n % 2]),
+                      y = exp2_approximate(s[2 * n + 1] - c[part][n % 2]);
+          total[n % 2] += x + y;
+          weights[n / 4][n % 4] = pack<T>(x, y);
+        }
+        store_matrix(to + part * Of::matrix, weights);
+        products_begin();
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
+        }
+        products_end();
+        z[part][0] += sum_of_four(total[0]);
+        z[part][1] += sum_of_four(total[1]);
+      }
+      if (threadIdx.x == 0) {
+        memory.ranges[slot] = {begin, end};
+      }
+      copies_visible();
+      barrier_arrive(memory.full + slot);
+#pragma unroll
+      for (int part = 0; part < Of::parts; ++part) {
+        products_wait(kv[part]);
+      }
+      ++item;
+      if (!is_last) {
+        const int rows = end - begin;
+        begin = end;
+        end = min(begin + 2 * rows, Of::rows);
+        continue;
+      }
+      begin = 0;
+      ++i;
     }
-    tile.next(args);
-    begin = 0;
-    if (++i < count) {
-      change_projection(args, memory, tile);
-      barrier_sync<1, Of::key_threads>();  // this tile is there, and everyone has left the keys before
+    if (i == last && share.query == 0 && args.kv != nullptr) {
+#pragma unroll
+      for (int part = 0; part < Of::parts; ++part) {
+        store_state<Of::M>(args, tile, feature + 64 * part, kv[part], z[part], c[part]);
+      }
     }
   }
 }
@@ -485,7 +528,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
                                           int item, T* out, int rows, Meanwhile&& meanwhile, Release&& release) {
   constexpr int part = Of::query_part;
   constexpr uint32_t row_bytes = 16 * pieces;
-  const int slot = item % Of::items, t = threadIdx.x % 4, row = first_row();
+  const int slot = place<Of::items>(item), t = threadIdx.x % 4, row = first_row();
   const uint64_t of_q = operand(q), of_v = operand(v), of_omega = operand(memory.omega),
                  of_keys = operand(memory.items + slot * Of::item), of_state = further(of_keys, 16 * Of::features);
   float a[32], y[32];  // queries x keys, and rows
@@ -505,7 +548,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     products_end();
     if (from == 0) {
       meanwhile();
-      barrier_wait(memory.full + slot, item / Of::items % 2);
+      barrier_wait(memory.full + slot, parity<Of::items>(item));
     }
     products_wait(p);
     const float old[2] = {top[0], top[1]};
@@ -591,55 +634,62 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
 
 // The warpgroups for queries. The copies of a warpgroup's first tile are there.
 template <typename Of, typename T>
-__device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, Tile tile, Tile ahead,
-                                             int count, int query) {
+__device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
   const int group = (threadIdx.x - Of::key_threads) / 128;
   uint4* ring = memory.q + group * Of::stages * Of::matrix;
-  for (int i = 0, item = 0; i < count; ++i) {
+  int i = 0, item = 0;
+  for (Tile tile = share.begin; i < share.count; tile.next_head()) {
     if (i > 0) {
       change_projection(args, memory, tile);
     }
-    if (i % Of::query_groups == group) {
-      const uint4* q = ring + i / Of::query_groups % Of::stages * Of::matrix;
-      if (group == 0) {
-        barrier_sync<2, 128>();
-      } else {
-        barrier_sync<3, 128>();
-      }
-      bool starts = i + Of::query_groups < count;
-      const auto start = [&] {
-        if (starts) {
-#pragma unroll
-          for (int n = 0; n < Of::query_groups; ++n) {
-            ahead.next(args);
-          }
-          start_queries<Of>(args, ahead, query, ring + (i / Of::query_groups + 1) % Of::stages * Of::matrix);
-          starts = false;
+    const int until = min(i + tile.left(args), share.count);
+    const T* queries = queries_of(args, tile, share.query);
+    T* out = args.out + (static_cast<int64_t>(tile.head) * args.queries + share.query) * args.L * width;
+    for (int first = tile.first; i < until; ++i, first += Of::rows) {
+      const int turn = i / Of::query_groups, value = place<Of::values>(i);
+      if (i % Of::query_groups == group) {
+        if (group == 0) {
+          barrier_sync<2, 128>();
+        } else {
+          barrier_sync<3, 128>();
         }
-      };
-      T* out =
-          args.out + ((static_cast<int64_t>(tile.head(args)) * args.queries + query) * args.L + tile.first) * width;
-      for (int end = 0; end < Of::rows; ++item) {
-        make_rows<Of>(args, memory, q, memory.v + i % Of::values * Of::matrix, item, out, args.L - tile.first, start,
-                      [&](int rows) {
-                        end = rows;
-                        barrier_arrive(memory.read + item % Of::items);
-                        if (end == Of::rows) {
-                          barrier_arrive(memory.left + i % Of::values);
-                          copies_wait<0>();
-                          copies_visible();
-                        }
-                      });
-      }
-    } else {
-      for (int end = 0; end < Of::rows; ++item) {
-        const int slot = item % Of::items;
-        barrier_wait(memory.full + slot, item / Of::items % 2);
-        end = memory.ranges[slot].y;
-        barrier_arrive(memory.read + slot);
+        bool starts = i + Of::query_groups < share.count;
+        const auto start = [&] {
+          if (starts) {
+            starts = false;
+            uint4* to = ring + place<Of::stages>(turn + 1) * Of::matrix;
+            if (i + Of::query_groups < until) {
+              start_queries<Of>(args, queries, first + Of::query_groups * Of::rows, to);
+            } else {
+              Tile ahead{tile.head, first};
+              for (int n = 0; n < Of::query_groups; ++n) {
+                ahead.next(args);
+              }
+              start_queries<Of>(args, queries_of(args, ahead, share.query), ahead.first, to);
+            }
+          }
+        };
+        for (int end = 0; end < Of::rows; ++item) {
+          make_rows<Of>(args, memory, ring + place<Of::stages>(turn) * Of::matrix, memory.v + value * Of::matrix, item,
+                        out + static_cast<int64_t>(first) * width, args.L - first, start, [&](int rows) {
+                          end = rows;
+                          barrier_arrive(memory.read + place<Of::items>(item));
+                          if (end == Of::rows) {
+                            barrier_arrive(memory.left + value);
+                            copies_wait<0>();
+                            copies_visible();
+                          }
+                        });
+        }
+      } else {
+        for (int end = 0; end < Of::rows; ++item) {
+          const int slot = place<Of::items>(item);
+          barrier_wait(memory.full + slot, parity<Of::items>(item));
+          end = memory.ranges[slot].y;
+          barrier_arrive(memory.read + slot);
+        }
       }
     }
-    tile.next(args);
   }
 }
 
@@ -650,44 +700,42 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char bytes[];
   const Memory<Of> memory(bytes);
-  const int query = static_cast<uint32_t>(this_block()) / static_cast<uint32_t>(args.key_blocks);
-  const int share = this_block() - query * args.key_blocks;
-  const Tile tile(args, share), end(args, share + 1);
-  const int of_head = max((args.L + Of::rows - 1) / Of::rows, 1);
-  const int count = (end.head(args) - tile.head(args)) * of_head + (end.first - tile.first) / Of::rows;
-  Tile ahead = tile;
-  Keys<Of, T> keys(args, tile);
-  const bool is_key = threadIdx.x < Of::key_threads;
-  uint32_t inside = 0;
+  const Share share(args);
   if (threadIdx.x == 0) {
     prepare_barriers(memory);
   }
-  if (is_key) {
-    inside = keys.start(args, memory.k, memory.v);
-  } else {
+  if (threadIdx.x >= Of::walkers) {
+    Copies<Of, T> copies(args, memory, share.begin);
+    copies.start(0);
+    __syncthreads();
+    change_registers<Of::registers, Of::copy_registers>();
+    copies.walk(share.count);
+    return;
+  }
+  const bool is_key = threadIdx.x < Of::key_threads;
+  if (!is_key) {
     const int group = (threadIdx.x - Of::key_threads) / 128;
+    Tile own = share.begin;
     for (int n = 0; n < group; ++n) {
-      ahead.next(args);
+      own.next(args);
     }
-    if (group < count) {
-      start_queries<Of>(args, ahead, query, memory.q + group * Of::stages * Of::matrix);
+    if (group < share.count) {
+      start_queries<Of>(args, queries_of(args, own, share.query), own.first,
+                        memory.q + group * Of::stages * Of::matrix);
     }
   }
-  fill_projection<T, Of::M, Of::threads>(args.projection, tile.h, memory.omega);
+  fill_projection<T, Of::M, Of::walkers>(args.projection, share.begin.h(args), memory.omega);
   copies_end();
   copies_wait<0>();
-  if (is_key) {
-    fill_key_bias<Of>(args, memory.k, inside, memory.key_bias);
-  }
   copies_visible();
   wait_for_previous();
   __syncthreads();
   if (is_key) {
     change_registers<Of::registers, Of::key_registers>();
-    walk_keys<Of>(args, memory, keys, tile, count, share, query == 0 && args.kv != nullptr);
+    walk_keys<Of>(args, memory, share);
   } else {
     change_registers<Of::registers, Of::query_registers>();
-    walk_queries<Of>(args, memory, tile, ahead, count, query);
+    walk_queries<Of>(args, memory, share);
   }
 #endif
 }
