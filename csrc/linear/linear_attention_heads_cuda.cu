@@ -108,23 +108,18 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
 
   wait_for_previous();
   let_next_begin();
-  const int begin = static_cast<int>(int64_t{args.heads} * this_block() / gridDim.x);
+  int n = static_cast<int>(int64_t{args.heads} * this_block() / gridDim.x);
   const int end = static_cast<int>(int64_t{args.heads} * (this_block() + 1) / gridDim.x);
-  Head next(args, begin);
+  Head next(args, n);
   start(args.k, next, keys);
   start(args.v, next, values);
   start_queries(next, 0);
   fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
   copies_end();
-  for (int n = begin; n < end; ++n) {
+  for (; n < end; ++n) {
     const Head at = next;
     next.next(args);
     arrive();  // and everyone has left the means
-    if (args.projection.head != 0 && at.b == 0 && n > begin) {
-      fill_projection<T, M, Of::threads>(args.projection, at.h, omega);
-      copies_end();
-      arrive();
-    }
     float s[parts][32], mean[parts][32], top[parts][2], total[parts][4] = {};
     products_begin();
 #pragma unroll
@@ -149,12 +144,17 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       top[part][1] = largest_of_four(top[part][1]);
       add_values<T>(mean[part], total[part], s[part], 0, top[part], of_values, false);
     }
-    // Of number t of this thread's features, which four threads share.
+    // Of number t of the features that this thread has, as three others do.
     const int feature = row + t / 2 * 64 + t % 2 * 8;
-    float exponent = 0;
-    if (t < 2 * parts) {
-      exponent = 2 * feature_bias(args, at.h, feature);
+    float exponent = t < 2 * parts ? 2 * feature_bias(args, at.h, feature) : 0;
+    float own_top = top[0][0], own_total = total[0][0];
+#pragma unroll
+    for (int i = 1; i < 2 * parts; ++i) {
+      own_top = t == i ? top[i / 2][i % 2] : own_top;
+      own_total = t == i ? total[i / 2][i % 2 * 2] : own_total;
     }
+    exponent += own_top + __log2f(own_total);
+    uint4* const own[2] = {means + piece(row, 2 * t), means + piece(row, 2 * t + 1)};  // a step of 8 rows keeps it
     __syncwarp();  // the biases have been read
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
@@ -166,9 +166,6 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float sum = total[part][2 * i], inverse = __fdividef(1.0f, sum);
-        if (t == 2 * part + i) {
-          exponent += top[part][i] + __log2f(sum);
-        }
         // Values are in such an order that a thread comes to have 8 neighbours of a query's row: piece 2 t + half has
         // columns 32 half + 2 t + 8 p and the next, for p < 4.
 #pragma unroll
@@ -179,7 +176,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
             const float* pair = mean[part] + 16 * half + 4 * p + 2 * i;
             pairs[p] = pack<T>(pair[0] * inverse, pair[1] * inverse);
           }
-          means[piece(part * 64 + row + 8 * i, 2 * t + half)] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+          own[half][(part * 64 + 8 * i) * pieces] = {pairs[0], pairs[1], pairs[2], pairs[3]};
         }
       }
     }
@@ -207,7 +204,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       }
       products_wait(s);
       add_exponents(s, args.scale, exponents, top);
-      __syncthreads();  // everyone has left the queries, and at last the exponents
+      __syncthreads();  // everyone has left the queries, and at last omega and the exponents
       if (i + 1 < args.queries) {
         start_queries(at, i + 1);
       } else if (n + 1 < end) {
@@ -239,6 +236,10 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
           }
         }
       }
+    }
+    if (args.projection.head != 0 && next.b == 0 && n + 1 < end) {
+      fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
+      copies_end();
     }
   }
 #endif
