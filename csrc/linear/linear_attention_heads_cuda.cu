@@ -108,18 +108,18 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
 
   wait_for_previous();
   let_next_begin();
-  int n = static_cast<int>(int64_t{args.heads} * this_block() / gridDim.x);
-  const int end = static_cast<int>(int64_t{args.heads} * (this_block() + 1) / gridDim.x);
-  Head next(args, n);
+  const int begin = static_cast<int>(int64_t{args.heads} * this_block() / gridDim.x);
+  Head next(args, begin);
   start(args.k, next, keys);
   start(args.v, next, values);
   start_queries(next, 0);
   fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
   copies_end();
-  for (; n < end; ++n) {
+  arrive();
+  int left = static_cast<int>(int64_t{args.heads} * (this_block() + 1) / gridDim.x) - begin;
+  for (; left > 0; --left) {
     const Head at = next;
     next.next(args);
-    arrive();  // and everyone has left the means
     float s[parts][32], mean[parts][32], top[parts][2], total[parts][4] = {};
     products_begin();
 #pragma unroll
@@ -182,13 +182,10 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
     }
     copies_visible();
     __syncthreads();  // the means are there, and everyone has left keys and values
-    if (n + 1 < end) {
+    if (left > 1) {
       start(args.v, next, values);
     }
-    for (int i = 0; i < args.queries; ++i) {
-      if (i > 0) {
-        arrive();
-      }
+    for (int n = 0; n < args.queries; ++n) {
       float s[M / 2], top[2] = {masked, masked}, sums[32], total[4] = {};
       products_begin();
 #pragma unroll
@@ -196,7 +193,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
         multiply<T>(s, further(of_queries, step * 32), further(of_omega, step * 32), step > 0);
       }
       products_end();
-      if (i == 0) {
+      if (n == 0) {
         if (t < 2 * parts) {
           exponents[feature] = exponent;
         }
@@ -205,9 +202,9 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       products_wait(s);
       add_exponents(s, args.scale, exponents, top);
       __syncthreads();  // everyone has left the queries, and at last omega and the exponents
-      if (i + 1 < args.queries) {
-        start_queries(at, i + 1);
-      } else if (n + 1 < end) {
+      if (n + 1 < args.queries) {
+        start_queries(at, n + 1);
+      } else if (left > 1) {
         start(args.k, next, keys);
         start_queries(next, 0);
       }
@@ -219,27 +216,35 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
         add_values<T>(sums, total, s, part * 64, top, further(of_means, part * 64 * 128), part > 0);
       }
       products_wait(sums);
-      const int64_t head = (static_cast<int64_t>(at.b) * args.Hk + at.h) * args.queries + i;
-      T* to = args.out + (head * args.L + row) * width + 8 * t;
+      Vec<T, 8> y[2][2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float inverse = __fdividef(1.0f, total[2 * i]);
-        if (row + 8 * i < args.L) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float y[8];
+        for (int half = 0; half < 2; ++half) {
+          float x[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              y[j] = sums[8 * (j / 2) + 4 * half + 2 * i + j % 2] * inverse;
-            }
-            store<T, 8>(to + 8 * i * width + 32 * half, narrow<T, 8>(y));
+          for (int j = 0; j < 8; ++j) {
+            x[j] = sums[8 * (j / 2) + 4 * half + 2 * i + j % 2] * inverse;
           }
+          y[i][half] = narrow<T, 8>(x);
         }
       }
-    }
-    if (args.projection.head != 0 && next.b == 0 && n + 1 < end) {
-      fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
-      copies_end();
+      if (args.projection.head != 0 && n + 1 == args.queries && next.b == 0 && left > 1) {
+        fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
+        copies_end();
+      }
+      arrive();  // and everyone has left the means
+      // Only now: the barrier would wait for the rows' way to global memory.
+      const int64_t head = (static_cast<int64_t>(at.b) * args.Hk + at.h) * args.queries + n;
+      T* to = args.out + (head * args.L + row) * width + 8 * t;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row + 8 * i < args.L) {
+          store<T, 8>(to + 8 * i * width, y[i][0]);
+          store<T, 8>(to + 8 * i * width + 32, y[i][1]);
+        }
+      }
     }
   }
 #endif
