@@ -37,7 +37,7 @@ struct Head {
   template <typename T>
   __device__ __forceinline__ void next(const Args<T>& args) {
     if (args.projection.head != 0) {
-      if (++b == args.heads / args.Hk) {
+      if (++b * args.Hk == args.heads) {
         b = 0;
         ++h;
       }
@@ -50,12 +50,10 @@ struct Head {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// sums (= or +=) weights values, in the background, and the sums of the weights as they are rounded: weights are 2^(s -
-// top) of 64 columns of s, of which `values` has the rows.
+// Weights 2^(s - top) of 64 columns of s from `first` on.
 template <typename T, int R>
-__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[4], const float (&s)[R], int first,
-                                           const float (&top)[2], uint64_t values, bool add) {
-  uint32_t weights[4][4];
+__device__ __forceinline__ void make_weights(uint32_t (&weights)[4][4], const float (&s)[R], int first,
+                                             const float (&top)[2]) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -64,6 +62,12 @@ __device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[4],
       weights[n][m] = pack<T>(exp2_approximate(pair[0] - top[m % 2]), exp2_approximate(pair[1] - top[m % 2]));
     }
   }
+}
+
+// sums (= or +=) weights values, in the background, and the sums of the weights as they are rounded.
+template <typename T>
+__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[4], const uint32_t (&weights)[4][4],
+                                           uint64_t values, bool add) {
   products_begin();
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -100,26 +104,33 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
     fetch<Of::threads, 64>(args.q.at(of.b, of.h * args.queries + i), args.q.l, 0, queries,
                            [&](int row) { return row < args.L; });
   };
-  const auto arrive = [] {
-    copies_wait<0>();
+  const auto arrive = [](auto under_way) {
+    copies_wait<under_way>();
     copies_visible();
     __syncthreads();
   };
+  constexpr std::integral_constant<int, 0> none{};
 
   wait_for_previous();
   let_next_begin();
   const int begin = static_cast<int>(int64_t{args.heads} * this_block() / gridDim.x);
-  Head next(args, begin);
-  start(args.k, next, keys);
-  start(args.v, next, values);
-  start_queries(next, 0);
-  fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
+  Head at(args, begin);
+  const bool is_copied = args.projection.omega != nullptr && !args.projection.wide;
+  start(args.k, at, keys);
+  if (is_copied) {
+    fill_projection<T, M, Of::threads>(args.projection, at.h, omega);
+  }
   copies_end();
-  arrive();
-  int left = static_cast<int>(int64_t{args.heads} * (this_block() + 1) / gridDim.x) - begin;
+  start(args.v, at, values);
+  start_queries(at, 0);
+  copies_end();
+  if (!is_copied) {
+    fill_projection<T, M, Of::threads>(args.projection, at.h, omega);
+  }
+  arrive(std::integral_constant<int, 1>{});
+  constexpr int first = 1 << 30;
+  int left = first + static_cast<int>(int64_t{args.heads} * (this_block() + 1) / gridDim.x) - begin;
   for (; left > 0; --left) {
-    const Head at = next;
-    next.next(args);
     float s[parts][32], mean[parts][32], top[parts][2], total[parts][4] = {};
     products_begin();
 #pragma unroll
@@ -142,7 +153,13 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       add_exponents(s[part], args.scale, biases_of(warp), top[part]);
       top[part][0] = largest_of_four(top[part][0]);
       top[part][1] = largest_of_four(top[part][1]);
-      add_values<T>(mean[part], total[part], s[part], 0, top[part], of_values, false);
+      uint32_t weights[4][4];
+      make_weights<T>(weights, s[part], 0, top[part]);
+      if (part == 0 && left >= first) {  // the first head's values and queries have come
+        arrive(none);
+        left -= first;
+      }
+      add_values<T>(mean[part], total[part], weights, of_values, false);
     }
     // Of number t of the features that this thread has, as three others do.
     const int feature = row + t / 2 * 64 + t % 2 * 8;
@@ -155,7 +172,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
     }
     exponent += own_top + __log2f(own_total);
     uint4* const own[2] = {means + piece(row, 2 * t), means + piece(row, 2 * t + 1)};  // a step of 8 rows keeps it
-    __syncwarp();  // the biases have been read
+    __syncwarp();                                                                      // the biases have been read
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
       if (part + 1 < parts) {
@@ -182,6 +199,8 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
     }
     copies_visible();
     __syncthreads();  // the means are there, and everyone has left keys and values
+    Head next = at;
+    next.next(args);
     if (left > 1) {
       start(args.v, next, values);
     }
@@ -213,7 +232,9 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       top[1] = largest_of_four(top[1]);
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
-        add_values<T>(sums, total, s, part * 64, top, further(of_means, part * 64 * 128), part > 0);
+        uint32_t weights[4][4];
+        make_weights<T>(weights, s, part * 64, top);
+        add_values<T>(sums, total, weights, further(of_means, part * 64 * 128), part > 0);
       }
       products_wait(sums);
       Vec<T, 8> y[2][2];
@@ -234,7 +255,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
         fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
         copies_end();
       }
-      arrive();  // and everyone has left the means
+      arrive(none);  // and everyone has left the means
       // Only now: the barrier would wait for the rows' way to global memory.
       const int64_t head = (static_cast<int64_t>(at.b) * args.Hk + at.h) * args.queries + n;
       T* to = args.out + (head * args.L + row) * width + 8 * t;
@@ -246,6 +267,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
         }
       }
     }
+    at = next;
   }
 #endif
 }
