@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
     __syncthreads();
   };
   constexpr std::integral_constant<int, 0> none{};
+  constexpr float tiny = 1e-30f;  // a sum of weights that are all 0, of exponents far below `masked`
 
   wait_for_previous();
   let_next_begin();
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       own_top = t == i ? top[i / 2][i % 2] : own_top;
       own_total = t == i ? total[i / 2][i % 2 * 2] : own_total;
     }
-    exponent += own_top + __log2f(own_total);
+    exponent += own_top + __log2f(fmaxf(own_total, tiny));
     uint4* const own[2] = {means + piece(row, 2 * t), means + piece(row, 2 * t + 1)};  // a step of 8 rows keeps it
     __syncwarp();                                                                      // the biases have been read
 #pragma unroll
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float sum = total[part][2 * i], inverse = __fdividef(1.0f, sum);
+        const float inverse = __fdividef(1.0f, fmaxf(total[part][2 * i], tiny));
         // Values are in such an order that a thread comes to have 8 neighbours of a query's row: piece 2 t + half has
         // columns 32 half + 2 t + 8 p and the next, for p < 4.
 #pragma unroll
