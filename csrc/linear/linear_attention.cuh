@@ -93,10 +93,6 @@ __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int ro
   return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
 }
 
-// Blocks of a multiprocessor that take a head at a time.
-template <int M>
-constexpr int head_blocks = M == 64 ? 5 : 4;
-
 // Attention of M = 64 or 128 features for heads of 1 to 64 queries and keys, without a state.
 template <typename T, int M>
 void head_attention(const Args<T>& args, int multiprocessors, int device, cudaStream_t stream);

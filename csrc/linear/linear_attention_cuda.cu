@@ -14,8 +14,8 @@
 //
 // Three kernels, each of which may begin while whatever is before it ends: one for the keys of all heads, as many tiles
 // to a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one
-// for the queries of all heads, divided in the same way. Short heads take one kernel with a block for each, or if
-// they have one tile and need no state head_attention. Exponents are in base 2.
+// for the queries of all heads, divided in the same way. Short heads take one kernel with a block for each; those
+// of one tile that need no state, head_attention. Exponents are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {

@@ -13,13 +13,14 @@ namespace fastrpe {
 namespace linear {
 namespace {
 
-// Shared memory is in units of 16 bytes, and full.
+// Shared memory is in units of 16 bytes; with 128 features blocks leave none, nor registers.
 template <int M>
 struct Plan {
   static constexpr int threads = 128, parts = M / 64;  // features are taken by 64
+  static constexpr int blocks = M == 64 ? 5 : 4;       // of a multiprocessor
   static constexpr int matrix = M * pieces, tile = 64 * pieces;
   static constexpr size_t bytes = 16 * (2 * matrix + 3 * tile);
-  static_assert(head_blocks<M> * (bytes + 1024) <= 228 * 1024);
+  static_assert(blocks * (bytes + 1024) <= 228 * 1024);
 };
 
 // Key heads in the order that blocks take them in: those with the same projection side by side.
@@ -84,7 +85,7 @@ __device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[4],
 #endif
 
 template <typename T, int M>
-__global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attention_kernel(const Args<T> args) {
+__global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attention_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Plan<M>;
   constexpr int parts = Of::parts;
@@ -112,10 +113,11 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
   constexpr std::integral_constant<int, 0> none{};
   constexpr float tiny = 1e-30f;  // a sum of weights that are all 0, of exponents far below `masked`
 
+  // The first blocks, which are on different multiprocessors, have one head more than the others.
+  const int share = static_cast<uint32_t>(args.heads) / gridDim.x, more = args.heads - share * gridDim.x;
+  Head at(args, this_block() * share + min(this_block(), more));
   wait_for_previous();
   let_next_begin();
-  const int begin = static_cast<int>(int64_t{args.heads} * this_block() / gridDim.x);
-  Head at(args, begin);
   const bool is_copied = args.projection.omega != nullptr && !args.projection.wide;
   start(args.k, at, keys);
   if (is_copied) {
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, head_blocks<M>) head_attenti
   }
   arrive(std::integral_constant<int, 1>{});
   constexpr int first = 1 << 30;
-  int left = first + static_cast<int>(int64_t{args.heads} * (this_block() + 1) / gridDim.x) - begin;
+  int left = first + share + (this_block() < more ? 1 : 0);
   for (; left > 0; --left) {
     float s[parts][32], mean[parts][32], top[parts][2], total[parts][4] = {};
     products_begin();
@@ -280,7 +282,7 @@ void head_attention(const Args<T>& args, int multiprocessors, int device, cudaSt
   using Of = Plan<M>;
   const auto kernel = head_attention_kernel<T, M>;
   allow_memory<Of>(kernel, device);
-  launch(kernel, std::min(args.heads, multiprocessors * head_blocks<M>), Of::threads, Of::bytes, stream, true, args);
+  launch(kernel, std::min(args.heads, multiprocessors * Of::blocks), Of::threads, Of::bytes, stream, true, args);
 }
 
 #define FASTRPE_HEADS(T)                                                       \
