@@ -16,8 +16,8 @@ namespace {
 // Shared memory is in units of 16 bytes; with 128 features blocks leave none, nor registers.
 template <int M>
 struct Plan {
-  static constexpr int threads = 128, parts = M / 64;  // features are taken by 64
-  static constexpr int blocks = M == 64 ? 5 : 4;       // of a multiprocessor
+  static constexpr int threads = 128;
+  static constexpr int blocks = M == 64 ? 5 : 4;  // of a multiprocessor
   static constexpr int matrix = M * pieces, tile = 64 * pieces;
   static constexpr size_t bytes = 16 * (2 * matrix + 3 * tile);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
@@ -88,7 +88,7 @@ template <typename T, int M>
 __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attention_kernel(const Args<T> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Of = Plan<M>;
-  constexpr int parts = Of::parts;
+  constexpr int parts = M / 64;  // in which features are taken
   extern __shared__ __align__(1024) uint4 memory[];
   uint4 *omega = memory, *means = omega + Of::matrix;  // rows of features
   uint4 *keys = means + Of::matrix, *values = keys + Of::tile, *queries = values + Of::tile;
