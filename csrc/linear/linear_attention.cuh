@@ -63,10 +63,39 @@ __device__ __forceinline__ void fetch(const T* rows, int64_t stride, int first, 
   }
 }
 
+// Calls take with a key of a tile, a part of it and what the key adds to its exponents, for each key and part once:
+// Threads / Keys lanes of a warp have parts of the same key.
+template <int Threads, int Keys, typename T, typename Take>
+__device__ __forceinline__ void each_key_bias(const Args<T>& args, const uint4* k, int b, int first, Take&& take) {
+  constexpr int parts = Threads / Keys, keys = 32 / parts;  // of a key; of a warp
+  const int key = threadIdx.x / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
+  float sum = 0;
+  if (args.norm != 0) {
+#pragma unroll
+    for (int u = 0; u < pieces / parts; ++u) {
+      float x[8];
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + piece(key, part * (pieces / parts) + u)));
+#pragma unroll
+      for (float value : x) {
+        sum = fmaf(value, value, sum);
+      }
+    }
+#pragma unroll
+    for (int other = keys; other < 32; other *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, other);
+    }
+  }
+  take(key, part, takes_part(args, b, first + key) ? sum * args.norm : masked);
+}
+
 template <typename T>
 __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
   return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
 }
+
+// Attention of M = 64 or 128 features for heads of 1 to 64 queries and keys, without a state.
+template <typename T, int M>
+void head_attention(const Args<T>& args, int multiprocessors, int device, cudaStream_t stream);
 
 // How many equal shares of the tiles of all key heads causal attention takes, each with the sums of the keys before it:
 // as many as heads where one launch is as good.

@@ -14,8 +14,8 @@
 //
 // Three kernels, each of which may begin while whatever is before it ends: one for the keys of all heads, as many tiles
 // to a block as to another, across heads, with a slot for the sums that a block has of a head; one that adds them; one
-// for the queries of all heads, divided in the same way. Short heads take one kernel with a block for each. Exponents
-// are in base 2.
+// for the queries of all heads, divided in the same way. Short heads take one kernel with a block for each; those
+// of one tile that need no state, head_attention. Exponents are in base 2.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -122,32 +122,6 @@ struct Place {
     }
   }
 };
-
-// The exponents that a tile of keys adds to its projections.
-template <typename Of, typename T>
-__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
-  constexpr int parts = Of::threads / Of::keys, keys = 32 / parts;  // of a key; of a warp
-  const int key = threadIdx.x / 32 * keys + threadIdx.x % keys, part = threadIdx.x % 32 / keys;
-  float sum = 0;
-  if (args.norm != 0) {
-#pragma unroll
-    for (int u = 0; u < pieces / parts; ++u) {
-      float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + piece(key, part * (pieces / parts) + u)));
-#pragma unroll
-      for (float value : x) {
-        sum = fmaf(value, value, sum);
-      }
-    }
-#pragma unroll
-    for (int other = keys; other < 32; other *= 2) {
-      sum += __shfl_xor_sync(~0u, sum, other);
-    }
-  }
-  if (part == 0) {
-    to[key] = takes_part(args, b, first + key) ? sum * args.norm : masked;
-  }
-}
 
 // Of piece u of a row of the product a thread holds pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the
 // values.
@@ -323,7 +297,12 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     }
     float s[Of::keys / 2];
     project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
-    fill_key_bias<Of>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first, memory.key_bias);
+    each_key_bias<Of::threads, Of::keys>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first,
+                                         [&](int key, int part, float bias) {
+                                           if (part == 0) {
+                                             memory.key_bias[key] = bias;
+                                           }
+                                         });
     __syncthreads();
     products_wait(s);
     float top[2] = {masked, masked};
@@ -631,16 +610,13 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
   }
 }
 
-// Whether a block for each head takes less time than equal shares of the work, which go through memory: by times
-// measured on an H100, equal shares take 10 / 7 as long for the same work, and their launches as long as 9 times 64 x
-// 64 weights on every multiprocessor.
-template <typename Of, typename T>
-bool takes_one_launch(const Args<T>& args, int64_t multiprocessors) {
-  const int64_t tiles = int64_t{args.key_tiles} * (Of::keys / 64) + int64_t{args.query_steps} * Of::groups;
-  const int64_t work = tiles * (Of::M / 64);
+// Whether a block for each head, with `work` in units of 64 x 64 weights and `resident` at once on a multiprocessor,
+// takes less time than equal shares of the work, which go through memory: by times measured on an H100, equal shares
+// take 10 / 7 as long for the same work, and their launches as long as 9 units on every multiprocessor.
+bool takes_one_launch(int64_t heads, int64_t work, int64_t resident, int64_t multiprocessors) {
   // Half of the time that blocks take on a multiprocessor is the same for any number that it has room for at once.
-  const int64_t blocks = ceil_div(args.heads, multiprocessors), twice = blocks + std::max<int64_t>(blocks, Of::blocks);
-  return 7 * twice * work * multiprocessors <= 20 * (args.heads * work + 9 * multiprocessors);
+  const int64_t blocks = ceil_div(heads, multiprocessors), twice = blocks + std::max(blocks, resident);
+  return 7 * twice * work * multiprocessors <= 20 * (heads * work + 9 * multiprocessors);
 }
 
 template <typename Of, typename T>
@@ -752,9 +728,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     };
     if constexpr (F < 256) {
       using Of = Plan<Pass::both, F>;
+      const bool is_short = !causal && !need_state && H > 0 && L > 0 && L <= 64 && S > 0 && S <= 64;
+      // These blocks wait less for one another than those below: alone, one takes as long as if there were room for 2.
+      if (is_short && takes_one_launch(heads, (1 + H / Hk) * (F / 64), 2, gpu.multiprocessors)) {
+        head_attention<T, F>(args, gpu.multiprocessors, index, stream);
+        return;
+      }
       if (!causal) {
         divide(Of{});
-        if (takes_one_launch<Of>(args, gpu.multiprocessors)) {
+        const int64_t tiles = int64_t{args.key_tiles} * (Of::keys / 64) + int64_t{args.query_steps} * Of::groups;
+        if (takes_one_launch(heads, tiles * (F / 64), Of::blocks, gpu.multiprocessors)) {
           launch<Of>(args, heads, index, stream);
           return;
         }

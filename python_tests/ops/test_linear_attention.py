@@ -521,6 +521,41 @@ def test_gradients_of_many_short_heads(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("kind", ("positive", "oprf"))
+@pytest.mark.parametrize(
+    ("B", "H", "Hk", "L", "S", "M"),
+    (
+        (600, 3, 3, 64, 64, 128),
+        (600, 6, 3, 49, 64, 128),
+        (900, 2, 2, 64, 7, 64),
+        (400, 6, 2, 1, 49, 64),
+        (2, 2, 2, 7, 1, 128),
+    ),
+    ids=str,
+)
+def test_many_short_heads(B: int, H: int, Hk: int, L: int, S: int, M: int, kind: str, dtype: torch.dtype) -> None:
+    """Several to a block, one after another, with a projection for each head or for all; the same each time."""
+    where: dict[str, Any] = dict(device=torch.device("cuda"), dtype=dtype)
+    q = draw(B, H, L, 64, seed=0, **where)
+    k, v = (draw(B, Hk, S, 64, seed=seed, **where) for seed in (2, 3))
+    omega = draw(*((Hk,) if H == Hk else ()), M, 64, seed=4, **where)
+    a = torch.tensor(-0.1, **where) if kind == "oprf" else None
+    mask = draw(B, S, seed=5, device=where["device"]) < 1
+    mask[1] = False
+    rest: tuple[Any, ...] = (0.0, True, mask, None, None, None, None, False)
+    op = torch.ops.fastrpe.linear_attention
+    same = op(q, k, v, omega, kind, False, 64**-0.25, a, *rest, "reference")[0]
+    wide = [x if x is None else x.double() for x in (q, k, v, omega, a)]
+    exact = op(*wide[:4], kind, False, 64**-0.25, wide[4], *rest, "reference")[0]
+    gone = ~mask[:, None, :, None]
+    k, v = k.masked_fill(gone, math.nan), v.masked_fill(gone, math.inf)
+    y, again = (op(q, k, v, omega, kind, False, 64**-0.25, a, *rest, "native")[0] for _ in range(2))
+    assert_bitwise(y, again)
+    assert_accurate(y, same, exact, dtype=dtype)
+
+
+@pytest.mark.gpu
 @CAUSAL
 @pytest.mark.parametrize("L", (40, 150))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
