@@ -45,7 +45,10 @@ def register_autograd(
     backward: Callable[..., Any],
     setup: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Register, and give a function that is the operator without its dispatcher where a call is plain."""
+    """Register, and give a function that is the operator without its dispatcher where a call is plain.
+
+    With ``first`` it gives the first result alone; its gradient alone then comes to ``backward`` in a plain call.
+    """
     op = getattr(getattr(torch.ops, lib.ns), name).default
 
     def below(keyset: Any, args: Sequence[Any]) -> Any:
@@ -64,12 +67,20 @@ def register_autograd(
     def differentiate(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         return (*backward(ctx, *dy), None)
 
-    Function: Any = type(
-        f"{name}_backward",
-        (torch.autograd.Function,),
-        dict(forward=staticmethod(forward), backward=staticmethod(differentiate)),
-    )
-    apply = super(torch.autograd.Function, Function).apply  # of C++, which Function.apply ends in without transforms
+    def forward_first(ctx: Any, *inputs: Any) -> Any:
+        output = kernel(*inputs)
+        if setup is not None:
+            setup(ctx, inputs, output)
+        return output[0]
+
+    def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+        rules = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+        return type(f"{name}_backward", (torch.autograd.Function,), rules)
+
+    Function, First = function(forward, differentiate), function(forward_first, backward)
+    # Of C++, which Function.apply ends in without transforms.
+    apply = super(torch.autograd.Function, Function).apply
+    apply_first = super(torch.autograd.Function, First).apply
 
     def run(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(
@@ -80,12 +91,16 @@ def register_autograd(
             return Function.apply(*args, keyset)
         return below(keyset, args)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, first: bool = False) -> Any:
         if not is_plain(args):
-            return op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return apply(*args, None)
-        return kernel(*args)
+            results = op(*args)
+        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if first:
+                return apply_first(*args)
+            results = apply(*args, None)
+        else:
+            results = kernel(*args)
+        return results[0] if first else results
 
     lib.impl(name, run, "Autograd", with_keyset=True)
     return call

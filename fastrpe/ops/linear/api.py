@@ -186,9 +186,11 @@ def linear_attention(
         # As the operator sees them.
         at = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         need_state = not is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, name, at)
-    out, *sums = call(
-        q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, need_state, name
-    )
+    args = q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, need_state, name
+    if return_state:
+        out, *sums = call(*args)
+    else:
+        out = call(*args, first=True)
     if weighted:
         out = (out * constant(kind, D if omega is None else omega.shape[-2], D, a) ** 2).to(
             out.dtype if autocast else dtype

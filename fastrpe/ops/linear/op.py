@@ -295,7 +295,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, dout: Tensor | None, dkv: Tensor | None = None, dz: Tensor | None = None, _: Any = None
+) -> tuple[Any, ...]:
     q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last = ctx.saved_tensors
     kind, causal, scale, eps, normalize = ctx.options
     needs = ctx.needs_input_grad
