@@ -45,10 +45,7 @@ def register_autograd(
     backward: Callable[..., Any],
     setup: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Register, and give a function that is the operator without its dispatcher where a call is plain.
-
-    With ``first`` it gives the first result alone; its gradient alone then comes to ``backward`` in a plain call.
-    """
+    """Register, and give a function that is the operator without its dispatcher where a call is plain."""
     op = getattr(getattr(torch.ops, lib.ns), name).default
 
     def below(keyset: Any, args: Sequence[Any]) -> Any:
@@ -67,20 +64,8 @@ def register_autograd(
     def differentiate(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         return (*backward(ctx, *dy), None)
 
-    def forward_first(ctx: Any, *inputs: Any) -> Any:
-        output = kernel(*inputs)
-        if setup is not None:
-            setup(ctx, inputs, output)
-        return output[0]
-
-    def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
-        rules = dict(forward=staticmethod(forward), backward=staticmethod(backward))
-        return type(f"{name}_backward", (torch.autograd.Function,), rules)
-
-    Function, First = function(forward, differentiate), function(forward_first, backward)
-    # Of C++, which Function.apply ends in without transforms.
-    apply = super(torch.autograd.Function, Function).apply
-    apply_first = super(torch.autograd.Function, First).apply
+    Function = _function(name, forward, differentiate)
+    apply = _plain_apply(Function)
 
     def run(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(
@@ -91,16 +76,54 @@ def register_autograd(
             return Function.apply(*args, keyset)
         return below(keyset, args)
 
-    def call(*args: Any, first: bool = False) -> Any:
+    def call(*args: Any) -> Any:
         if not is_plain(args):
-            results = op(*args)
-        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if first:
-                return apply_first(*args)
-            results = apply(*args, None)
-        else:
-            results = kernel(*args)
-        return results[0] if first else results
+            return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args, None)
+        return kernel(*args)
 
     lib.impl(name, run, "Autograd", with_keyset=True)
     return call
+
+
+def first_result(
+    lib: torch.library.Library,
+    name: str,
+    kernel: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup: Callable[..., None],
+) -> Callable[..., Tensor]:
+    """A function that is the first result of an operator, by a kernel that may give more than the operator does.
+
+    In a plain call autograd sees that result alone: the others are for ``setup``, and have no gradients.
+    """
+    op = getattr(getattr(torch.ops, lib.ns), name).default
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = kernel(*inputs)
+        setup(ctx, inputs, output)
+        first: Tensor = output[0]
+        return first
+
+    apply = _plain_apply(_function(name, forward, backward))
+
+    def call(*args: Any) -> Any:
+        if not is_plain(args):
+            return op(*args)[0]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args)
+        return kernel(*args)[0]
+
+    return call
+
+
+def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    rules = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    return type(f"{name}_backward", (torch.autograd.Function,), rules)
+
+
+def _plain_apply(function: Any) -> Callable[..., Any]:
+    """That of C++, which Function.apply ends in without transforms."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import is_plain, register_autograd
+from ..autograd import first_result, is_plain, register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
 from ..hopper import aligned
@@ -28,6 +28,7 @@ LIB.define(
 
 KINDS = (*FEATURE_KINDS, "features")
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+Prepared = tuple[Tensor | None, Tensor | None, str | int]
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @functools.cache
 def _kernel(name: str, backend: str) -> Callable[..., Any]:
-    """The kernel of a backend; `_code` says what it calls a kind."""
+    """The kernel of a backend; `_prepare` says what it calls a kind."""
     if backend == "triton":
         from . import triton_impl
 
@@ -45,20 +46,14 @@ def _kernel(name: str, backend: str) -> Callable[..., Any]:
     return functools.partial(torch._C._dispatch_call_boxed, native._handle)  # which looks for no overload
 
 
-def _code(kind: str, backend: str) -> str | int:
-    return KINDS.index(kind) if backend == "native" else kind
-
-
-def _prepare(
-    q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, backend: str
-) -> tuple[Tensor | None, Tensor | None, str]:
+def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, backend: str) -> Prepared:
     """What kernels take: a projection, rounded to q's dtype, a bias of the exponents in that of the arithmetic, and
     their kind.
 
     OPRF's exponents are those of positive features with omega times sqrt(1 - 4 a) and the bias a |w|^2.
     """
     if omega is None:
-        return None, None, kind
+        return None, None, KINDS.index(kind) if backend == "native" else kind
     dtype, bias = q.dtype, None
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     if kind == "oprf" and a is not None:
@@ -72,7 +67,7 @@ def _prepare(
         omega = _to(omega, acc)
     elif backend == "native":
         omega = aligned(omega)
-    return omega.contiguous(), bias, kind
+    return omega.contiguous(), bias, KINDS.index(kind) if backend == "native" else kind
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +78,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _linear_attention(
+def _forward(
     q: Tensor,  # (B, H, L, D)
     k: Tensor,  # (B, Hk, S, D)
     v: Tensor,  # (B, Hk, S, V)
@@ -101,24 +96,27 @@ def _linear_attention(
     log_scale: Tensor | None,  # (N, Hk, F)
     need_state: bool,
     backend: str,
-) -> Results:
-    results: Results
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Prepared | None]:
+    """The operator's results, and what was prepared for the kernel."""
     if backend == "reference":
         results = reference.linear_attention(
             q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
         )
-        return results if need_state else _without_state(results)
-    omega, bias, kind = _prepare(q, omega, kind, a, backend)
+        return *(results if need_state else _without_state(results)), None
+    prepared = W, bias, code = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         q, k, v = aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
-    args = (q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest)
+    args = (q, k, v, W, code, causal, scale, bias, eps, normalize, *rest)
     if backend == "native":
-        results = _kernel("linear_attention", backend)(*args, need_state)
-        return results
-    short = not need_state and is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, backend)
+        return *_kernel("linear_attention", backend)(*args, need_state), prepared
+    short = not need_state and is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)
     results = _kernel("linear_attention", backend)(*args, short)
-    return results if need_state else _without_state(results)
+    return *(results if need_state else _without_state(results)), prepared
+
+
+def _linear_attention(*args: Any) -> Results:
+    return _forward(*args)[:4]
 
 
 def is_short(
@@ -128,7 +126,6 @@ def is_short(
     omega: Tensor | None,
     kind: str,
     causal: bool,
-    eps: float,
     normalize: bool,
     cu_seqlens: Tensor | None,
     backend: str,
@@ -155,6 +152,7 @@ def _without_state(results: Results) -> Results:
 
 
 def _gradients(
+    prepared: Prepared | None,
     dout: Tensor,  # (B, H, L, V)
     dkv: Tensor | None,  # (N, Hk, F, V)
     dz: Tensor | None,  # (N, Hk, F)
@@ -179,22 +177,23 @@ def _gradients(
     need_omega: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, omega, a, kv and z; None for those of tensors that are not there, or not needed."""
+    """Gradients of q, k, v, omega, a, kv and z; None for those of tensors that are not there, or not needed.
+
+    ``prepared`` comes from `_forward`, or is made again.
+    """
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
     if backend == "native" and q.is_cuda and not _has_gradients(q, omega, causal, kv, dkv, dz):
-        backend = "triton"
-    prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
+        backend, prepared = "triton", None
+    W, bias, code = prepared or _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
+    dstate = _contiguous(dkv, dz)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
-    args = (
-        dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,
-        normalize, *rest, need_omega,
-    )  # fmt: skip
+    args = dout, *dstate, q, k, v, W, code, causal, scale, bias, eps, normalize, *rest, need_omega
     if backend == "triton":
-        short = not last_z.numel() and is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, backend)
+        short = not last_z.numel() and is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)
         args = *args, short
     dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(*args)
     da = None
@@ -225,7 +224,7 @@ def _has_gradients(
 
 def _linear_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
     q = args[3]  # an operator's results are tensors: empty where there is no gradient
-    return tuple(q.new_empty(0) if x is None else x for x in _gradients(*args))
+    return tuple(q.new_empty(0) if x is None else x for x in _gradients(None, *args))
 
 
 DIFFERENTIABLE = (0, 1, 2, 3, 7, 12, 13)  # q, k, v, omega, a, kv and z among the inputs
@@ -284,13 +283,14 @@ def _(
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale = inputs[:15]
     need_state, ctx.backend = inputs[15:]
-    if not (need_state or is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, ctx.backend)):
+    if not (need_state or is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, ctx.backend)):
         raise RuntimeError("linear_attention: need_state must be True where an input requires grad, got False")
     ctx.options = kind, causal, scale, eps, normalize
-    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:])
+    ctx.prepared = output[4] if len(output) > 4 else None
+    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:4])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
@@ -310,7 +310,7 @@ def _backward(
         *last, needs[3] or needs[7], ctx.backend,
     )  # fmt: skip
     plain = not torch.is_grad_enabled() and is_plain(args)
-    grads = _gradients(*args) if plain else torch.ops.fastrpe.linear_attention_bwd.default(*args)
+    grads = _gradients(ctx.prepared, *args) if plain else torch.ops.fastrpe.linear_attention_bwd.default(*args)
     dq, dk, dv, domega, da, dkv0, dz0 = grads
     # The state is exp(log_scale) times kv and z.
     dlog_scale = (dkv0 * kv).sum(-1) + dz0 * z if needs[14] else None
@@ -328,6 +328,7 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 
 call = register_autograd(LIB, "linear_attention", _linear_attention, _backward, _setup)
+call_first = first_result(LIB, "linear_attention", _forward, _backward, _setup)
 register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _no_double_backward)
 
 
