@@ -72,14 +72,14 @@ def register_autograd(
             isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
         ):
             raise NotImplementedError(f"{name}: inputs must have no forward-mode tangents, got one; use reverse mode")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if _differentiable(args):
             return Function.apply(*args, keyset)
         return below(keyset, args)
 
     def call(*args: Any) -> Any:
         if not is_plain(args):
             return op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if _differentiable(args):
             return apply(*args, None)
         return kernel(*args)
 
@@ -111,16 +111,23 @@ def first_result(
     def call(*args: Any) -> Any:
         if not is_plain(args):
             return op(*args)[0]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if _differentiable(args):
             return apply(*args)
         return kernel(*args)[0]
 
     return call
 
 
+def _differentiable(args: Sequence[Any]) -> bool:
+    # Most often the first is, and what is not a tensor is slow to pass over.
+    return torch.is_grad_enabled() and (args[0].requires_grad or torch._C._any_requires_grad(*args))
+
+
 def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     rules = dict(forward=staticmethod(forward), backward=staticmethod(backward))
-    return type(f"{name}_backward", (torch.autograd.Function,), rules)
+    function: Any = type(f"{name}_backward", (torch.autograd.Function,), rules)
+    function._backward_cls.apply = backward  # which the one that it has ends in
+    return function
 
 
 def _plain_apply(function: Any) -> Callable[..., Any]:

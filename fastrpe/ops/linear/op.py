@@ -138,11 +138,12 @@ def is_short(
         return False
     if causal or not normalize or cu_seqlens is not None:
         return False
-    D, V, F = q.shape[-1], v.shape[-1], size_of(q, omega, kind)
+    F = size_of(q, omega, kind)
     if native:
         fits = F in (64, 128)
     else:
-        fits = kind != "trigonometric" and all(n in (32, 64) for n in (D, V)) and 32 <= F <= 128
+        heads = q.shape[-1] in (32, 64) and v.shape[-1] in (32, 64)
+        fits = kind != "trigonometric" and heads and 32 <= F <= 128
     return fits and 0 < q.shape[2] <= 64 and 0 < k.shape[2] <= 64
 
 
@@ -283,15 +284,19 @@ def _(
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale = inputs[:15]
-    need_state, ctx.backend = inputs[15:]
-    if not (need_state or is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, ctx.backend)):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    q, k, v, omega, kind, causal, _, _, _, normalize, _, cu_seqlens, *_, need_state, backend = inputs
+    if not (need_state or is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)):
         raise RuntimeError("linear_attention: need_state must be True where an input requires grad, got False")
-    ctx.options = kind, causal, scale, eps, normalize
-    ctx.prepared = output[4] if len(output) > 4 else None
-    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:4])
+    _save(ctx, inputs, (*output, None))
     ctx.mark_non_differentiable(output[3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, _, backend = inputs
+    _, *last, ctx.prepared = output
+    ctx.options = kind, causal, scale, eps, normalize, backend
+    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last)
     ctx.set_materialize_grads(False)
 
 
@@ -299,7 +304,7 @@ def _backward(
     ctx: Any, dout: Tensor | None, dkv: Tensor | None = None, dz: Tensor | None = None, _: Any = None
 ) -> tuple[Any, ...]:
     q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last = ctx.saved_tensors
-    kind, causal, scale, eps, normalize = ctx.options
+    kind, causal, scale, eps, normalize, backend = ctx.options
     needs = ctx.needs_input_grad
     if dout is None and dkv is None and dz is None:
         return (None,) * 17
@@ -307,7 +312,7 @@ def _backward(
         dout = q.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
     args = (
         dout, dkv, dz, q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale,
-        *last, needs[3] or needs[7], ctx.backend,
+        *last, needs[3] or needs[7], backend,
     )  # fmt: skip
     plain = not torch.is_grad_enabled() and is_plain(args)
     grads = _gradients(ctx.prepared, *args) if plain else torch.ops.fastrpe.linear_attention_bwd.default(*args)
@@ -328,7 +333,7 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 
 call = register_autograd(LIB, "linear_attention", _linear_attention, _backward, _setup)
-call_first = first_result(LIB, "linear_attention", _forward, _backward, _setup)
+call_first = first_result(LIB, "linear_attention", _forward, _backward, _save)
 register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _no_double_backward)
 
 
