@@ -72,14 +72,14 @@ def register_autograd(
             isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
         ):
             raise NotImplementedError(f"{name}: inputs must have no forward-mode tangents, got one; use reverse mode")
-        if _differentiable(args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Function.apply(*args, keyset)
         return below(keyset, args)
 
     def call(*args: Any) -> Any:
         if not is_plain(args):
             return op(*args)
-        if _differentiable(args):
+        if _differentiates(args):
             return apply(*args, None)
         return kernel(*args)
 
@@ -94,9 +94,10 @@ def first_result(
     backward: Callable[..., Any],
     setup: Callable[..., None],
 ) -> Callable[..., Tensor]:
-    """A function that is the first result of an operator, by a kernel that may give more than the operator does.
+    """A function that gives the first result of an operator, and in a plain call does not go through its dispatcher.
 
-    In a plain call autograd sees that result alone: the others are for ``setup``, and have no gradients.
+    Autograd then sees that result alone. The others, of which ``kernel`` may have more than the operator, are for
+    ``setup``; ``backward`` takes the gradient of the first.
     """
     op = getattr(getattr(torch.ops, lib.ns), name).default
 
@@ -111,22 +112,22 @@ def first_result(
     def call(*args: Any) -> Any:
         if not is_plain(args):
             return op(*args)[0]
-        if _differentiable(args):
+        if _differentiates(args):
             return apply(*args)
         return kernel(*args)[0]
 
     return call
 
 
-def _differentiable(args: Sequence[Any]) -> bool:
-    # Most often the first is, and what is not a tensor is slow to pass over.
+def _differentiates(args: Sequence[Any]) -> bool:
+    """Whether a plain call has a derivative; most often by its first tensor, and others are slow to find."""
     return torch.is_grad_enabled() and (args[0].requires_grad or torch._C._any_requires_grad(*args))
 
 
 def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     rules = dict(forward=staticmethod(forward), backward=staticmethod(backward))
     function: Any = type(f"{name}_backward", (torch.autograd.Function,), rules)
-    function._backward_cls.apply = backward  # which the one that it has ends in
+    function._backward_cls.apply = backward  # in which the one of PyTorch ends
     return function
 
 

@@ -71,7 +71,7 @@ def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, backe
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # nothing to do is found sooner here
+    return x if x.dtype == dtype else x.to(dtype=dtype)  # nothing to do is found sooner here, and a dtype by its name
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -97,7 +97,7 @@ def _forward(
     need_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Prepared | None]:
-    """The operator's results, and what was prepared for the kernel."""
+    """The operator's results, and what the kernel was given, which its gradients take again."""
     if backend == "reference":
         results = reference.linear_attention(
             q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
