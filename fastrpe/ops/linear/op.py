@@ -190,9 +190,9 @@ def _gradients(
     W, bias, code = prepared or _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
-    dstate = _contiguous(dkv, dz)
-    rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
-    args = dout, *dstate, q, k, v, W, code, causal, scale, bias, eps, normalize, *rest, need_omega
+    last = last_kv, last_z, last_log_scale
+    dkv, dz, *rest = _contiguous(dkv, dz, mask, cu_seqlens, kv, z, log_scale, *last)
+    args = dout, dkv, dz, q, k, v, W, code, causal, scale, bias, eps, normalize, *rest, need_omega
     if backend == "triton":
         short = not last_z.numel() and is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)
         args = *args, short
