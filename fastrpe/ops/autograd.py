@@ -64,12 +64,8 @@ def register_autograd(
     def differentiate(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
         return (*backward(ctx, *dy), None)
 
-    Function: Any = type(
-        f"{name}_backward",
-        (torch.autograd.Function,),
-        dict(forward=staticmethod(forward), backward=staticmethod(differentiate)),
-    )
-    apply = super(torch.autograd.Function, Function).apply  # of C++, which Function.apply ends in without transforms
+    Function = _function(name, forward, differentiate)
+    apply = _plain_apply(Function)
 
     def run(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(
@@ -83,9 +79,59 @@ def register_autograd(
     def call(*args: Any) -> Any:
         if not is_plain(args):
             return op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if _differentiates(args):
             return apply(*args, None)
         return kernel(*args)
 
     lib.impl(name, run, "Autograd", with_keyset=True)
     return call
+
+
+def first_result(
+    lib: torch.library.Library,
+    name: str,
+    kernel: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup: Callable[..., None],
+) -> Callable[..., Tensor]:
+    """A function that gives the first result of an operator, and in a plain call does not go through its dispatcher.
+
+    Autograd then sees that result alone. The others, of which ``kernel`` may have more than the operator, are for
+    ``setup``; ``backward`` takes the gradient of the first.
+    """
+    op = getattr(getattr(torch.ops, lib.ns), name).default
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = kernel(*inputs)
+        setup(ctx, inputs, output)
+        first: Tensor = output[0]
+        return first
+
+    apply = _plain_apply(_function(name, forward, backward))
+
+    def call(*args: Any) -> Any:
+        if not is_plain(args):
+            return op(*args)[0]
+        if _differentiates(args):
+            return apply(*args)
+        return kernel(*args)[0]
+
+    return call
+
+
+def _differentiates(args: Sequence[Any]) -> bool:
+    """Whether a plain call has a derivative; most often by its first tensor, and others are slow to find."""
+    return torch.is_grad_enabled() and (args[0].requires_grad or torch._C._any_requires_grad(*args))
+
+
+def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    rules = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    function: Any = type(f"{name}_backward", (torch.autograd.Function,), rules)
+    function._backward_cls.apply = backward  # in which the one of PyTorch ends
+    return function
+
+
+def _plain_apply(function: Any) -> Callable[..., Any]:
+    """That of C++, which Function.apply ends in without transforms."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply

@@ -20,7 +20,7 @@ def _is_hopper(device: int) -> bool:
 
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy, with every row at a multiple of 16 bytes, of 16-bit values."""
-    *outer, inner = x.stride()
-    if inner == 1 and gcd(*outer) % 8 == 0 and x.data_ptr() % 16 == 0:
+    strides = x.stride()
+    if strides[-1] == 1 and gcd(*strides[:-1]) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,5 +1,6 @@
 """A plain call skips the dispatcher; whatever the dispatcher has something to do for does not."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,23 @@ def test_a_mode_sees_the_operator_and_its_backward(name: str) -> None:
     with Seen() as seen:
         torch.autograd.grad(y.sum(), q)
     assert any(n.startswith(f"fastrpe.{name}") for n in seen.names)
+
+
+@pytest.mark.parametrize("kind", ("positive", "oprf"))
+@pytest.mark.parametrize("causal", (False, True))
+def test_a_mode_changes_no_bit(kind: str, causal: bool) -> None:
+    """The backward of a plain call takes what its forward prepared; that of the operator prepares it again."""
+    q, w = inputs()
+    q, w = q.bfloat16().requires_grad_(), w.requires_grad_()
+    a = torch.tensor(-0.1, requires_grad=True) if kind == "oprf" else None
+    tensors = (q, w) if a is None else (q, w, a)
+    found = []
+    for mode in (contextlib.nullcontext(), Seen()):
+        with mode:
+            y = linear_attention(q, q, q, w, kind, a=a, causal=causal)
+            found.append((y, *torch.autograd.grad(y, tensors, y.detach().flip(2))))
+    for plain, seen in zip(*found):
+        assert_bitwise(plain, seen)
 
 
 @each

@@ -21,7 +21,7 @@ from ...checks import (
 )
 from ..features.reference import EXPONENTIAL, SOFTMAX, WITHOUT_OMEGA, constant, default_scale, size_of
 from ..hopper import is_hopper
-from .op import KINDS, call, is_short
+from .op import KINDS, call, call_first, is_short
 from .reference import EMPTY
 
 SCALARS = (float, int, torch.SymFloat)
@@ -114,17 +114,19 @@ def linear_attention(
     device, dtype = q.device, q.dtype
     if dtype not in FLOATS:
         check_dtype(op, "q", q)
-    if not isinstance(k, Tensor) or k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
+    if not isinstance(k, Tensor) or len(shape := k.shape) != 4 or shape[0] != B or shape[3] != D:
         raise wrong_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
-    _, Hk, S, _ = k.shape
+    _, Hk, S, _ = shape
     if H != Hk and (Hk == 0 or H % Hk):
         raise fail(op, "k", f"have a number of heads that divides H={H}", Hk)
     if causal and S != L:
         raise fail(op, "k", f"have as many tokens as q, L={L}, when causal", S)
-    if not isinstance(v, Tensor) or v.dim() != 4 or v.shape[:3] != (B, Hk, S):
+    if not isinstance(v, Tensor) or len(shape := v.shape) != 4 or shape[:3] != (B, Hk, S):
         raise wrong_shape(op, "v", v, ("B", "Hk", "S", "V"), B=B, Hk=Hk, S=S)
+    V = shape[3]
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
     if k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
-        dtypes = FLOATS if torch.is_autocast_enabled(device.type) else (dtype,)
+        dtypes = FLOATS if autocast else (dtype,)
         for argument, x in (("k", k), ("v", v)):
             check_dtype(op, argument, x, dtypes)
             check_device(op, argument, x, device)
@@ -173,22 +175,22 @@ def linear_attention(
         kv, z, log_scale = _check_state(op, q, v, state, causal, N, F)
         if kind in EXPONENTIAL:  # where there is no key yet, whatever scale was given
             log_scale = torch.where(z == 0, EMPTY, log_scale)
-    packed, V = cu_seqlens is not None, v.shape[-1]
-    name = _resolve(op, q, omega, backend, kind, causal, eps, normalize, packed, D, V, F)
+    # The dtype that the operator will see.
+    cast = torch.get_autocast_dtype(device.type) if autocast and dtype != torch.float64 else dtype
+    name = _resolve(op, device, backend, cast, kind, causal, eps, normalize, cu_seqlens is not None, D, V, F)
     if forward_ad._current_level >= 0:
         check_no_tangents(op, ("q", q), ("k", k), ("v", v), ("omega", omega), ("a", a), ("state", kv), ("state", z))
     weighted = not normalize and kind in SOFTMAX
-    autocast = weighted and torch.is_autocast_enabled(device.type)
     if weighted and not autocast:  # by the features' constant, before the one rounding
         q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     need_state = return_state
     if torch.is_grad_enabled() and not return_state:
-        # As the operator sees them.
-        at = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-        need_state = not is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, name, at)
-    out, *sums = call(
-        q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, need_state, name
-    )
+        need_state = not is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, name, cast)
+    args = q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, need_state, name
+    if return_state:
+        out, *sums = call(*args)
+    else:
+        out = call_first(*args)
     if weighted:
         out = (out * constant(kind, D if omega is None else omega.shape[-2], D, a) ** 2).to(
             out.dtype if autocast else dtype
@@ -261,12 +263,13 @@ def _check_state(
 
 
 def _check_omega(op: str, omega: Tensor, Hk: int, D: int, device: torch.device) -> None:
-    if not isinstance(omega, Tensor) or omega.dim() < 2 or omega.shape[-1] != D or omega.shape[:-2] not in ((), (Hk,)):
+    shape = omega.shape if isinstance(omega, Tensor) else ()
+    if len(shape) < 2 or shape[-1] != D or shape[:-2] not in ((), (Hk,)):
         raise wrong_shape(op, "omega", omega, ("M", "D"), ("Hk", "M", "D"), Hk=Hk, D=D)
     if omega.dtype not in FLOATS or omega.device != device:
         check_dtype(op, "omega", omega)
         check_device(op, "omega", omega, device)
-    if omega.shape[-2] == 0:
+    if shape[-2] == 0:
         raise fail(op, "omega", "have at least one row", tuple(omega.shape))
 
 
@@ -311,13 +314,10 @@ def _power(n: int) -> int:
 
 
 def _cuda_limit(
-    q: Tensor, omega: Tensor | None, kind: str, causal: bool, eps: float, normalize: bool, packed: bool, D: int, V: int,
-    F: int,
+    device: torch.device, dtype: torch.dtype, kind: str, causal: bool, eps: float, normalize: bool, packed: bool,
+    D: int, V: int, F: int,
 ) -> str:  # fmt: skip
     """What keeps the CUDA kernels from a call, or an empty string."""
-    dtype = q.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
     if dtype not in (torch.float16, torch.bfloat16):
         return str(dtype).removeprefix("torch.")
     if kind not in ("positive", "oprf", "exp"):
@@ -328,18 +328,18 @@ def _cuda_limit(
         return "causal float16"
     if D != 64 or V != 64 or F not in (64, 128, 256):
         return f"D={D}, V={V} and F={F}"
-    return "" if is_hopper(q.get_device()) else "a GPU whose compute capability is not 9"
+    return "" if is_hopper(device.index) else "a GPU whose compute capability is not 9"
 
 
-def _resolve(op: str, q: Tensor, omega: Tensor | None, backend: str | None, *options: Any) -> str:
+def _resolve(op: str, device: torch.device, backend: str | None, *options: Any) -> str:
     """The first that can: kernels for Hopper, then Triton's, of which a Performer's forward takes twice as long."""
-    on_gpu = q.is_cuda
-    native = _cuda_limit(q, omega, *options) if on_gpu else ""
-    if backend is None and not native and resolve(op, q.device, None, ("native",)) == "native":
+    on_gpu = device.type == "cuda"
+    native = _cuda_limit(device, *options) if on_gpu else ""
+    if backend is None and not native and resolve(op, device, None, ("native",)) == "native":
         return "native"
-    limits = {"triton": _triton_limit(q.dtype, *options)} | ({"native": native} if on_gpu else {})
+    limits = {"triton": _triton_limit(*options)} | ({"native": native} if on_gpu else {})
     order = ("native", "triton") if on_gpu else ("native",)
-    name = resolve(op, q.device, backend, tuple(b for b in order if not limits.get(b)))
+    name = resolve(op, device, backend, tuple(b for b in order if not limits.get(b)))
     limit = limits.get(name)
     if limit:
         others = [*(b for b in limits if not limits[b]), "reference"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import is_plain, register_autograd
+from ..autograd import first_result, is_plain, register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
 from ..hopper import aligned
@@ -28,6 +28,7 @@ LIB.define(
 
 KINDS = (*FEATURE_KINDS, "features")
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+Prepared = tuple[Tensor | None, Tensor | None, str | int]
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -35,30 +36,24 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @functools.cache
 def _kernel(name: str, backend: str) -> Callable[..., Any]:
-    """The kernel of a backend; `_code` says what it calls a kind."""
+    """The kernel of a backend; `_prepare` says what it calls a kind."""
     if backend == "triton":
         from . import triton_impl
 
         kernel: Callable[..., Any] = getattr(triton_impl, name)
         return kernel
-    native: Callable[..., Any] = getattr(torch.ops.fastrpe_native, name).default
-    return native
+    native = getattr(torch.ops.fastrpe_native, name).default
+    return functools.partial(torch._C._dispatch_call_boxed, native._handle)  # which looks for no overload
 
 
-def _code(kind: str, backend: str) -> str | int:
-    return KINDS.index(kind) if backend == "native" else kind
-
-
-def _prepare(
-    q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, backend: str
-) -> tuple[Tensor | None, Tensor | None, str]:
+def _prepare(q: Tensor, omega: Tensor | None, kind: str, a: Tensor | None, backend: str) -> Prepared:
     """What kernels take: a projection, rounded to q's dtype, a bias of the exponents in that of the arithmetic, and
     their kind.
 
     OPRF's exponents are those of positive features with omega times sqrt(1 - 4 a) and the bias a |w|^2.
     """
     if omega is None:
-        return None, None, kind
+        return None, None, KINDS.index(kind) if backend == "native" else kind
     dtype, bias = q.dtype, None
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     if kind == "oprf" and a is not None:
@@ -72,18 +67,18 @@ def _prepare(
         omega = _to(omega, acc)
     elif backend == "native":
         omega = aligned(omega)
-    return omega.contiguous(), bias, kind
+    return omega.contiguous(), bias, KINDS.index(kind) if backend == "native" else kind
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # nothing to do is found sooner here
+    return x if x.dtype == dtype else x.to(dtype=dtype)  # nothing to do is found sooner here, and a dtype by its name
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _linear_attention(
+def _forward(
     q: Tensor,  # (B, H, L, D)
     k: Tensor,  # (B, Hk, S, D)
     v: Tensor,  # (B, Hk, S, V)
@@ -101,24 +96,27 @@ def _linear_attention(
     log_scale: Tensor | None,  # (N, Hk, F)
     need_state: bool,
     backend: str,
-) -> Results:
-    results: Results
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Prepared | None]:
+    """The operator's results, and what the kernel was given, which its gradients take again."""
     if backend == "reference":
         results = reference.linear_attention(
             q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
         )
-        return results if need_state else _without_state(results)
-    omega, bias, kind = _prepare(q, omega, kind, a, backend)
+        return *(results if need_state else _without_state(results)), None
+    prepared = W, bias, code = _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         q, k, v = aligned(q), aligned(k), aligned(v)
     rest = _contiguous(mask, cu_seqlens, kv, z, log_scale)
-    args = (q, k, v, omega, _code(kind, backend), causal, scale, bias, eps, normalize, *rest)
+    args = (q, k, v, W, code, causal, scale, bias, eps, normalize, *rest)
     if backend == "native":
-        results = _kernel("linear_attention", backend)(*args, need_state)
-        return results
-    short = not need_state and is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, backend)
+        return *_kernel("linear_attention", backend)(*args, need_state), prepared
+    short = not need_state and is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)
     results = _kernel("linear_attention", backend)(*args, short)
-    return results if need_state else _without_state(results)
+    return *(results if need_state else _without_state(results)), prepared
+
+
+def _linear_attention(*args: Any) -> Results:
+    return _forward(*args)[:4]
 
 
 def is_short(
@@ -128,7 +126,6 @@ def is_short(
     omega: Tensor | None,
     kind: str,
     causal: bool,
-    eps: float,
     normalize: bool,
     cu_seqlens: Tensor | None,
     backend: str,
@@ -141,11 +138,12 @@ def is_short(
         return False
     if causal or not normalize or cu_seqlens is not None:
         return False
-    D, V, F = q.shape[-1], v.shape[-1], size_of(q, omega, kind)
+    F = size_of(q, omega, kind)
     if native:
         fits = F in (64, 128)
     else:
-        fits = kind != "trigonometric" and all(n in (32, 64) for n in (D, V)) and 32 <= F <= 128
+        heads = q.shape[-1] in (32, 64) and v.shape[-1] in (32, 64)
+        fits = kind != "trigonometric" and heads and 32 <= F <= 128
     return fits and 0 < q.shape[2] <= 64 and 0 < k.shape[2] <= 64
 
 
@@ -155,6 +153,7 @@ def _without_state(results: Results) -> Results:
 
 
 def _gradients(
+    prepared: Prepared | None,
     dout: Tensor,  # (B, H, L, V)
     dkv: Tensor | None,  # (N, Hk, F, V)
     dz: Tensor | None,  # (N, Hk, F)
@@ -179,22 +178,23 @@ def _gradients(
     need_omega: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, omega, a, kv and z; None for those of tensors that are not there, or not needed."""
+    """Gradients of q, k, v, omega, a, kv and z; None for those of tensors that are not there, or not needed.
+
+    ``prepared`` comes from `_forward`, or is made again.
+    """
     if backend == "reference":
         inputs = (q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale)
         return _by_autograd((dout, dkv, dz), inputs, need_omega)
     if backend == "native" and q.is_cuda and not _has_gradients(q, omega, causal, kv, dkv, dz):
-        backend = "triton"
-    prepared, bias, kernel_kind = _prepare(q, omega, kind, a, backend)
+        backend, prepared = "triton", None
+    W, bias, code = prepared or _prepare(q, omega, kind, a, backend)
     if backend == "native" and q.is_cuda:
         dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
-    rest = _contiguous(mask, cu_seqlens, kv, z, log_scale, last_kv, last_z, last_log_scale)
-    args = (
-        dout, *_contiguous(dkv, dz), q, k, v, prepared, _code(kernel_kind, backend), causal, scale, bias, eps,
-        normalize, *rest, need_omega,
-    )  # fmt: skip
+    last = last_kv, last_z, last_log_scale
+    dkv, dz, *rest = _contiguous(dkv, dz, mask, cu_seqlens, kv, z, log_scale, *last)
+    args = dout, dkv, dz, q, k, v, W, code, causal, scale, bias, eps, normalize, *rest, need_omega
     if backend == "triton":
-        short = not last_z.numel() and is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, backend)
+        short = not last_z.numel() and is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)
         args = *args, short
     dq, dk, dv, domega, dbias, dkv0, dz0 = _kernel("linear_attention_bwd", backend)(*args)
     da = None
@@ -225,7 +225,7 @@ def _has_gradients(
 
 def _linear_attention_bwd(*args: Any) -> tuple[Tensor, ...]:
     q = args[3]  # an operator's results are tensors: empty where there is no gradient
-    return tuple(q.new_empty(0) if x is None else x for x in _gradients(*args))
+    return tuple(q.new_empty(0) if x is None else x for x in _gradients(None, *args))
 
 
 DIFFERENTIABLE = (0, 1, 2, 3, 7, 12, 13)  # q, k, v, omega, a, kv and z among the inputs
@@ -285,19 +285,26 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale = inputs[:15]
-    need_state, ctx.backend = inputs[15:]
-    if not (need_state or is_short(q, k, v, omega, kind, causal, eps, normalize, cu_seqlens, ctx.backend)):
+    q, k, v, omega, kind, causal, _, _, _, normalize, _, cu_seqlens, *_, need_state, backend = inputs
+    if not (need_state or is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)):
         raise RuntimeError("linear_attention: need_state must be True where an input requires grad, got False")
-    ctx.options = kind, causal, scale, eps, normalize
-    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *output[1:])
+    _save(ctx, inputs, (*output, None))
     ctx.mark_non_differentiable(output[3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, _, backend = inputs
+    _, *last, ctx.prepared = output
+    ctx.options = kind, causal, scale, eps, normalize, backend
+    ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, dout: Tensor | None, dkv: Tensor | None = None, dz: Tensor | None = None, _: Any = None
+) -> tuple[Any, ...]:
     q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last = ctx.saved_tensors
-    kind, causal, scale, eps, normalize = ctx.options
+    kind, causal, scale, eps, normalize, backend = ctx.options
     needs = ctx.needs_input_grad
     if dout is None and dkv is None and dz is None:
         return (None,) * 17
@@ -305,10 +312,10 @@ def _backward(ctx: Any, dout: Tensor | None, dkv: Tensor | None, dz: Tensor | No
         dout = q.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
     args = (
         dout, dkv, dz, q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale,
-        *last, needs[3] or needs[7], ctx.backend,
+        *last, needs[3] or needs[7], backend,
     )  # fmt: skip
     plain = not torch.is_grad_enabled() and is_plain(args)
-    grads = _gradients(*args) if plain else torch.ops.fastrpe.linear_attention_bwd.default(*args)
+    grads = _gradients(ctx.prepared, *args) if plain else torch.ops.fastrpe.linear_attention_bwd.default(*args)
     dq, dk, dv, domega, da, dkv0, dz0 = grads
     # The state is exp(log_scale) times kv and z.
     dlog_scale = (dkv0 * kv).sum(-1) + dz0 * z if needs[14] else None
@@ -326,6 +333,7 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 
 call = register_autograd(LIB, "linear_attention", _linear_attention, _backward, _setup)
+call_first = first_result(LIB, "linear_attention", _forward, _backward, _save)
 register_autograd(LIB, "linear_attention_bwd", _linear_attention_bwd, _no_double_backward)
 
 
