@@ -16,6 +16,7 @@ COLOURS = {
     "purple": "#cc79a7",
     "orange": "#e69f00",
     "sky": "#56b4e9",
+    "yellow": "#f0e442",
 }
 
 

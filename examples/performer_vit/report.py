@@ -35,7 +35,7 @@ LOOKS = {  # colour, marker
     "favor": (COLOURS["blue"], "o"),
     "ftheta": (COLOURS["red"], "D"),
     "ftheta-relu": (COLOURS["purple"], "P"),
-    "ftheta-square": (COLOURS["red"], "X"),
+    "ftheta-square": (COLOURS["yellow"], "X"),
     "ftheta-polynomial": (COLOURS["sky"], "*"),
     "ftheta-mlp": (COLOURS["grey"], "d"),
 }
