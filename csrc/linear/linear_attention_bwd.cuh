@@ -83,8 +83,6 @@ struct HeadLayout {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr float none = -1e30f;  // the exponent of what takes no part
-
 // float16 holds 2^key_shift a, which is small where there are many keys.
 template <typename T>
 constexpr float key_shift = std::is_same_v<T, Half> ? 8.0f : 0.0f;
@@ -356,7 +354,7 @@ __device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k
     }
     norm[r] = sum_of_four(norm[r]) * (0.5f * log2e * square);
     if (row >= count || (mask != nullptr && !mask[row])) {
-      norm[r] = -none;
+      norm[r] = -masked;
     }
   }
 }

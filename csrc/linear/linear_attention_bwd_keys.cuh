@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
         const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
         const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
         inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
-        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : none;
+        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : masked;
       }
     }
     wait_for_previous();  // which sums dU and r; the state, k, v and omega are older
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
           const float z = args.z[at.head * M + f], log_scale = args.log_scale[at.head * M + f];
           const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
           inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
-          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + key_shift<T> : none;
+          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + key_shift<T> : masked;
         }
       }
       copies_wait<0>();

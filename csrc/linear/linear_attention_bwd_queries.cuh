@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   if (threadIdx.x < M) {
     const float z = args.z[state + threadIdx.x];
     const float bias = args.bias == nullptr ? 0.0f : args.bias[i_k * args.bias_h + threadIdx.x];
-    exponents[threadIdx.x] = z > 0.0f ? (args.log_scale[state + threadIdx.x] + bias) * log2e + log2f(z) : none;
+    exponents[threadIdx.x] = z > 0.0f ? (args.log_scale[state + threadIdx.x] + bias) * log2e + log2f(z) : masked;
   }
 
   const QueryMemory<T> shared{omega, means, weights, exponents, deltas, row_sums, half_products};
@@ -476,7 +476,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       const float z = next_z[threadIdx.x];
       const float bias =
           args.bias == nullptr ? 0.0f : args.bias[units.place(args, n).i_h / args.groups * args.bias_h + threadIdx.x];
-      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : none;
+      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : masked;
     }
   };
   start_state(units.begin);

@@ -16,7 +16,6 @@ using T = BFloat16;
 constexpr int tile = 64;                // queries and keys that a block takes at a time
 constexpr int slab = tile * width / 8;  // 16-byte pieces of a tile
 constexpr int values = 32;              // of a thread, of a product of 64 x 64
-constexpr float empty = -1e20f;         // the maximum of no exponent at all
 
 // Sums over rows of each feature: of values, of weights (of queries: of weights times delta), and what both are
 // relative to; (heads, segments, M, V) and (heads, segments, M).
@@ -55,7 +54,6 @@ struct Layout {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr float none = -1e30f;  // the exponent of what takes no part
 constexpr float limit = 48.0f;  // weights and 1 / their sum stay far within what bfloat16 holds
 
 // The place of a thread. Of a product, as of an operand in registers, it has rows row(0) and row(1), and columns
@@ -195,15 +193,15 @@ __device__ __forceinline__ void fill_key_bias(const uint4* k, int count, const b
     }
   }
   if (part == 0) {
-    to[key] = key < count && (mask == nullptr || mask[first + key]) ? -sum * square : none;
+    to[key] = key < count && (mask == nullptr || mask[first + key]) ? -sum * square : masked;
   }
 }
 
-// What each query of a tile adds to its exponents; one that sees no key has an lse of none.
+// What each query of a tile adds to its exponents; one that sees no key has an lse of `masked`.
 __device__ __forceinline__ void fill_query_bias(const float* lse, int count, float* to) {
   if (threadIdx.x < tile) {
     const float x = lse[threadIdx.x];
-    to[threadIdx.x] = threadIdx.x < count && x > 0.5f * none ? -x : none;
+    to[threadIdx.x] = threadIdx.x < count && x > 0.5f * masked ? -x : masked;
   }
 }
 
@@ -350,7 +348,7 @@ __device__ __forceinline__ int narrow(const Thread& at, float (&x)[values], floa
                                       int begin, int end, const float* columns) {
   while (true) {
     int edge = Forwards ? begin : end - 1;
-    while (edge != (Forwards ? end - 1 : begin) && columns[edge] < 0.5f * none) {
+    while (edge != (Forwards ? end - 1 : begin) && columns[edge] < 0.5f * masked) {
       edge += Forwards ? 1 : -1;
     }
     float least[2] = {before[0], before[1]};
@@ -376,7 +374,7 @@ __device__ __forceinline__ int narrow(const Thread& at, float (&x)[values], floa
 #pragma unroll
   for (int i = 0; i < values; ++i) {
     const int column = i / 4 * 8 + 2 * at.t + i % 2;
-    x[i] = column >= begin && column < end ? x[i] : none;
+    x[i] = column >= begin && column < end ? x[i] : masked;
   }
   return __shfl_sync(0xffffffff, Forwards ? end : begin, 0);
 }

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
         if (at.group == 0 && at.t == 0 && row >= begin && row < min(end, count)) {
           int i = first + row;
           forget(i);
-          args.lse[heads->rows + i] = there ? largest[r] + log2f(den[r]) : none;
+          args.lse[heads->rows + i] = there ? largest[r] + log2f(den[r]) : masked;
           args.delta[heads->rows + i] = delta[r];
         }
       }
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
         float key[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          key[r] = at.row(r) >= begin && at.row(r) < end ? key_bias[at.row(r)] : none;
+          key[r] = at.row(r) >= begin && at.row(r) < end ? key_bias[at.row(r)] : masked;
         }
 #pragma unroll
         for (int s = 0; s < 4; ++s) {

@@ -15,6 +15,8 @@ namespace fastrpe {
 namespace linear {
 
 constexpr float log2e = 1.4426950408889634f;
+constexpr float empty = -1e20f;   // the maximum of no exponent at all
+constexpr float masked = -1e30f;  // the exponent of what takes no part: no infinity to subtract
 
 constexpr int width = 64;          // D and V
 constexpr int pieces = width / 8;  // of 16 bytes, of a row
