@@ -123,31 +123,6 @@ __device__ __forceinline__ void store_rows(const uint4* from, int first, int u, 
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&x));
-  }
-}
-
-// Four matrices of 8 x 8 16-bit values, of which lane 8 m + i names row i of matrix m. As a left operand in registers
-// has them: a warp's 16 rows, 16 columns.
-template <bool Transposed = false>
-__device__ __forceinline__ void store_matrices(uint4* to, const uint32_t (&x)[4]) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (Transposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
-                 "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
-                 "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
-  }
-}
-
 // The place of a unit: its head, and tiles [begin, end) of it.
 struct Place {
   int64_t head, i_b;

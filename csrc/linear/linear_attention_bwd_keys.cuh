@@ -165,7 +165,7 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
 #pragma unroll
   for (int s = 0; s < columns / 16; ++s) {
     uint32_t x[4];
-    load_matrices<false>(x, tile_k + piece(named, group * 4 + s * 2 + half));
+    load_matrices(x, tile_k + piece(named, group * 4 + s * 2 + half));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 key = unpack<T>(x[i]);

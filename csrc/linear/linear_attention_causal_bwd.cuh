@@ -125,10 +125,6 @@ __device__ __forceinline__ uint32_t pairs_of(const Thread& at, const uint4* from
   return shared_address(from) + 16 * piece(at.row(0), 0) + 4 * at.t;
 }
 
-__device__ __forceinline__ float2 unpack(uint32_t x) {
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-}
-
 // Has the compiler forget how x came about: it would keep what it makes of x in registers, which are scarce.
 template <typename X>
 __device__ __forceinline__ void forget(X& x) {
@@ -270,7 +266,7 @@ __device__ __forceinline__ void split(uint32_t (&first)[4], uint32_t (&rest)[4],
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     first[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-    const float2 y = unpack(first[i]);
+    const float2 y = unpack<T>(first[i]);
     rest[i] = pack<T>(x[2 * i] - y.x, x[2 * i + 1] - y.y);
   }
 }
@@ -315,7 +311,7 @@ __device__ __forceinline__ void load_split(const Thread& at, float (&x)[values],
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t from = (own ^ 16 * (2 * s + i / 2)) + 1024 * (i % 2);
-      const float2 y = unpack(load_pair(from)), z = unpack(load_pair(from + apart));
+      const float2 y = unpack<T>(load_pair(from)), z = unpack<T>(load_pair(from + apart));
       x[8 * s + 2 * i] = y.x + z.x;
       x[8 * s + 2 * i + 1] = y.y + z.y;
     }
@@ -457,7 +453,7 @@ struct State {
     for (int s = 0; s < 4; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack(a[s][i]);
+        const float2 x = unpack<T>(a[s][i]);
         const float2 y = columns == nullptr ? float2{1.0f, 1.0f} : pair_of(columns, column_of(at, s, i));
         weights[i % 2] = fmaf(x.x, y.x, fmaf(x.y, y.y, weights[i % 2]));
       }

@@ -338,7 +338,7 @@ struct Copies {
 #pragma unroll
       for (int n = 0; n < width / 16; ++n) {
         uint32_t a[4];
-        load_matrices<false>(a, rows + piece(lane % 16, 2 * n + lane / 16));
+        load_matrices(a, rows + piece(lane % 16, 2 * n + lane / 16));
         multiply_warp<T>(low, a, a[0], a[2]);
         multiply_warp<T>(high, a, a[1], a[3]);
       }

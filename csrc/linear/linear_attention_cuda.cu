@@ -458,7 +458,7 @@ struct Queries {
       } else if constexpr (Of::groups == 1) {
         __syncthreads();
       } else {
-        warpgroup_barrier(threadIdx.x / 128);
+        warpgroup_sync(threadIdx.x / 128);
       }
       if constexpr (Of::pass == Pass::queries) {
         if (step == args.query_steps - 1 && n < count - 1) {
