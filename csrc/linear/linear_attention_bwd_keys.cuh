@@ -96,8 +96,7 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
       products_end();
     }
   }
-  sums[0] = sum_of_four(sums[0]);
-  sums[1] = sum_of_four(sums[1]);
+  sum_of_four(sums);
   if constexpr (Groups > 1) {
     products_wait<1>(dv);
     products_wait(dk);

@@ -246,8 +246,7 @@ __device__ __forceinline__ void add_columns(float (&c)[values], const Operand& a
 __device__ __forceinline__ void make_exponents(float (&x)[values], float exponent, const float* columns,
                                                float (&top)[2]) {
   add_exponents(x, exponent, columns, top);
-  top[0] = largest_of_four(top[0]);
-  top[1] = largest_of_four(top[1]);
+  largest_of_four(top);
 }
 
 __device__ __forceinline__ void weigh(Operand& a, const float (&x)[values], const float (&top)[2]) {

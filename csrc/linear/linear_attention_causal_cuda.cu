@@ -240,8 +240,7 @@ __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2]
       seen[n / 2 % 2] = fmaxf(seen[n / 2 % 2], s[n]);
     }
   }
-  seen[0] = largest_of_four(seen[0]);
-  seen[1] = largest_of_four(seen[1]);
+  largest_of_four(seen);
   return next[0] > seen[0] + reach || next[1] > seen[1] + reach;
 }
 
@@ -553,8 +552,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     products_wait(p);
     const float old[2] = {top[0], top[1]};
     add_exponents(p, args.scale, memory.exponents + slot * Of::M + from, top);
-    top[0] = largest_of_four(top[0]);
-    top[1] = largest_of_four(top[1]);
+    largest_of_four(top);
     if (from > 0) {
       const float factor[2] = {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])};
 #pragma unroll
@@ -605,8 +603,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
   }
   products_end();
   const int2 range = memory.ranges[slot];
-  total[0] = sum_of_four(total[0]);
-  total[1] = sum_of_four(total[1]);
+  sum_of_four(total);
   products_wait(y);
   release(range.y);
 

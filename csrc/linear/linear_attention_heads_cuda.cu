@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
       products_wait<(parts > 1)>(s[part]);
       top[part][0] = top[part][1] = masked;
       add_exponents(s[part], args.scale, biases_of(warp), top[part]);
-      top[part][0] = largest_of_four(top[part][0]);
-      top[part][1] = largest_of_four(top[part][1]);
+      largest_of_four(top[part]);
       uint32_t weights[4][4];
       make_weights<T>(weights, s[part], 0, top[part]);
       if (part == 0 && left >= first) {  // the first head's values and queries have come
@@ -231,8 +230,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
         start_queries(next, 0);
       }
       copies_end();
-      top[0] = largest_of_four(top[0]);
-      top[1] = largest_of_four(top[1]);
+      largest_of_four(top);
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
         uint32_t weights[4][4];

@@ -94,7 +94,7 @@ inline Projection projection_of(const char* op, const std::optional<Tensor>& ome
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// The largest and the sum of a row, which four neighbouring threads hold.
+// The largest and the sum of a row, which four neighbouring threads hold; of one row or of two.
 __device__ __forceinline__ float largest_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -103,6 +103,16 @@ __device__ __forceinline__ float largest_of_four(float x) {
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ void largest_of_four(float (&x)[2]) {
+  x[0] = largest_of_four(x[0]);
+  x[1] = largest_of_four(x[1]);
+}
+
+__device__ __forceinline__ void sum_of_four(float (&x)[2]) {
+  x[0] = sum_of_four(x[0]);
+  x[1] = sum_of_four(x[1]);
 }
 
 // s scaled, with the exponents of its columns; the largest of this thread's two rows.
