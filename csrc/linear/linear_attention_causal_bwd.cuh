@@ -202,7 +202,7 @@ __device__ __forceinline__ void fill_query_bias(const float* lse, int count, flo
 }
 
 // The operand some pieces further: one addition, where the compiler would make each from its address.
-__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t by) {
+__device__ __forceinline__ uint64_t pieces_further(uint64_t operand, uint32_t by) {
   return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + by);
 }
 
@@ -211,7 +211,7 @@ __device__ __forceinline__ void project(float (&c)[values], const uint4* a, cons
   const uint64_t first = operand(a), second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T>(c, further(first, s * 2), further(second, s * 2), add || s > 0);
+    multiply<T>(c, pieces_further(first, s * 2), pieces_further(second, s * 2), add || s > 0);
   }
 }
 
@@ -220,7 +220,7 @@ __device__ __forceinline__ void add_product(float (&c)[values], const uint4* a, 
   const uint64_t first = operand(a), second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T, Inner::b>(c, further(first, s * 2), further(second, s * 128), true);
+    multiply<T, Inner::b>(c, pieces_further(first, s * 2), pieces_further(second, s * 128), true);
   }
 }
 
@@ -229,7 +229,7 @@ __device__ __forceinline__ void add_product(float (&c)[values], const Operand& a
   const uint64_t second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T, Inner::b>(c, a[s], further(second, s * 128), add || s > 0);
+    multiply<T, Inner::b>(c, a[s], pieces_further(second, s * 128), add || s > 0);
   }
 }
 
@@ -238,7 +238,7 @@ __device__ __forceinline__ void add_columns(float (&c)[values], const Operand& a
   const uint64_t second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T>(c, a[s], further(second, s * 2), true);
+    multiply<T>(c, a[s], pieces_further(second, s * 2), true);
   }
 }
 
@@ -247,17 +247,6 @@ __device__ __forceinline__ void make_exponents(float (&x)[values], float exponen
                                                float (&top)[2]) {
   add_exponents(x, exponent, columns, top);
   largest_of_four(top);
-}
-
-__device__ __forceinline__ void weigh(Operand& a, const float (&x)[values], const float (&top)[2]) {
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[s][i] =
-          pack<T>(exp2_approximate(x[8 * s + 2 * i] - top[i % 2]), exp2_approximate(x[8 * s + 2 * i + 1] - top[i % 2]));
-    }
-  }
 }
 
 // Numbers in two parts: rounded, and what that leaves, rounded.
@@ -314,13 +303,6 @@ __device__ __forceinline__ void load_split(const Thread& at, float (&x)[values],
       x[8 * s + 2 * i] = y.x + z.x;
       x[8 * s + 2 * i + 1] = y.y + z.y;
     }
-  }
-}
-
-__device__ __forceinline__ void rescale(float (&sums)[values], const float (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < values; ++i) {
-    sums[i] *= factor[i / 2 % 2];
   }
 }
 

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       keys.move(top);
       store_split(at, state, rests, keys.sums);
       Operand a;
-      weigh(a, s, top);
+      make_weights<T>(a, s, top);
       store_operand(at, phi, a);
       float p[values];
       products_begin();
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       float largest[2] = {-INFINITY, -INFINITY}, den[2] = {}, delta[2] = {};
       products_wait<0>(p);
       make_exponents(p, exponent, exponents, largest);
-      weigh(w, p, largest);
+      make_weights<T>(w, p, largest);
       float scores[values];
       products_begin();
       add_product(scores, w, phi, false);
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       queries.move(top);
       store_split(at, state, rests, queries.sums);
       Operand a;
-      weigh(a, s, top);
+      make_weights<T>(a, s, top);
       store_operand(at, phi, a);
       float p[values];
       products_begin();

@@ -156,7 +156,7 @@ __device__ __forceinline__ void start_queries(const Args<T>& args, const T* rows
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Rows 8 i + g of a warp's 16, of a matrix of 64 rows a warpgroup, with i = 0 and 1.
+// The first of the two rows that a thread has of a warpgroup's product of 64 rows; the second is 8 further.
 __device__ __forceinline__ int first_row() {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
@@ -455,10 +455,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         if (__any_sync(~0u, next[part][0] > c[part][0] || next[part][1] > c[part][1])) {
           const float factor[2] = {exp2_approximate(c[part][0] - next[part][0]),
                                    exp2_approximate(c[part][1] - next[part][1])};
-#pragma unroll
-          for (int n = 0; n < 32; ++n) {
-            kv[part][n] *= factor[n / 2 % 2];
-          }
+          rescale(kv[part], factor);
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
             z[part][n] *= factor[n];

@@ -51,20 +51,6 @@ struct Head {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Weights 2^(s - top) of 64 columns of s from `first` on.
-template <typename T, int R>
-__device__ __forceinline__ void make_weights(uint32_t (&weights)[4][4], const float (&s)[R], int first,
-                                             const float (&top)[2]) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float* pair = s + first / 2 + 8 * n + 2 * m;
-      weights[n][m] = pack<T>(exp2_approximate(pair[0] - top[m % 2]), exp2_approximate(pair[1] - top[m % 2]));
-    }
-  }
-}
-
 // sums (= or +=) weights values, in the background, and the sums of the weights as they are rounded.
 template <typename T>
 __device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[4], const uint32_t (&weights)[4][4],
@@ -156,7 +142,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
       add_exponents(s[part], args.scale, biases_of(warp), top[part]);
       largest_of_four(top[part]);
       uint32_t weights[4][4];
-      make_weights<T>(weights, s[part], 0, top[part]);
+      make_weights<T>(weights, s[part], top[part]);
       if (part == 0 && left >= first) {  // the first head's values and queries have come
         arrive(none);
         left -= first;
@@ -234,7 +220,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
         uint32_t weights[4][4];
-        make_weights<T>(weights, s, part * 64, top);
+        make_weights<T>(weights, s + part * 32, top);
         add_values<T>(sums, total, weights, further(of_means, part * 64 * 128), part > 0);
       }
       products_wait(sums);

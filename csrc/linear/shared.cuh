@@ -115,6 +115,15 @@ __device__ __forceinline__ void sum_of_four(float (&x)[2]) {
   x[1] = sum_of_four(x[1]);
 }
 
+// A thread's two rows, each times a factor.
+template <int R>
+__device__ __forceinline__ void rescale(float (&rows)[R], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    rows[i] *= factor[i / 2 % 2];
+  }
+}
+
 // s scaled, with the exponents of its columns; the largest of this thread's two rows.
 template <int R>
 __device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
@@ -128,6 +137,19 @@ __device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const 
       x = fmaf(x, scale, e.x);
       y = fmaf(y, scale, e.y);
       top[i] = fmaxf(top[i], fmaxf(x, y));
+    }
+  }
+}
+
+// Weights 2^(s - top) of 64 columns, as a left operand.
+template <typename T>
+__device__ __forceinline__ void make_weights(uint32_t (&weights)[4][4], const float* s, const float (&top)[2]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float* pair = s + 8 * n + 2 * m;
+      weights[n][m] = pack<T>(exp2_approximate(pair[0] - top[m % 2]), exp2_approximate(pair[1] - top[m % 2]));
     }
   }
 }
