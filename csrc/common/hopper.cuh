@@ -1,4 +1,4 @@
-// Hopper's asynchronous copies and warpgroup products, as far as the kernels here use them.
+// Hopper's asynchronous copies, barriers and products, as far as the kernels here use them.
 #pragma once
 
 #include <cuda_fp16.h>

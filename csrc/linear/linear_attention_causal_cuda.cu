@@ -1,3 +1,5 @@
+#include <cuda_runtime.h>
+
 #include <algorithm>
 
 #include "linear_attention.cuh"
@@ -17,6 +19,9 @@
 namespace fastrpe {
 namespace linear {
 namespace {
+
+// Barriers of a block beside those in shared memory: of the warpgroups for keys, of each for queries, of all of these.
+constexpr int key_barrier = 1, query_barrier = 2, walk_barrier = 4;
 
 template <int Features>
 struct Plan {
@@ -264,12 +269,12 @@ __device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
 template <typename Of, typename T>
 __device__ __forceinline__ void change_projection(const Args<T>& args, const Memory<Of>& memory, const Tile& tile) {
   if (args.projection.head != 0) {
-    barrier_sync<4, Of::walkers>();
+    barrier_sync<walk_barrier, Of::walkers>();
     fill_projection<T, Of::M, Of::walkers>(args.projection, tile.h(args), memory.omega);
     copies_end();
     copies_wait<0>();
     copies_visible();
-    barrier_sync<4, Of::walkers>();
+    barrier_sync<walk_barrier, Of::walkers>();
   }
 }
 
@@ -342,7 +347,7 @@ struct Copies {
         multiply_warp<T>(high, a, a[1], a[3]);
       }
     }
-    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;
+    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;  // of one that has copied these keys
     if (lane % 4 == g / 2) {
       float* to = memory.key_bias + place<Of::stages>(i) * Of::rows + first + g;
       to[0] = own & 1 ? (g % 2 == 0 ? low[0] : low[1]) * args.norm : masked;
@@ -430,7 +435,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         }
         far |= is_far(s, c[part], next[part], key_bias, begin, end);
       }
-      far = barrier_or<1, Of::key_threads>(far);
+      far = barrier_or<key_barrier, Of::key_threads>(far);
       if (__any_sync(~0u, far) && end - begin > 1) {  // which tells the compiler that a warp's threads agree
         end = begin + (end - begin) / 2;
         continue;
@@ -642,13 +647,14 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
     for (int first = tile.first; i < until; ++i, first += Of::rows) {
       const int turn = i / Of::query_groups, value = place<Of::values>(i);
       if (i % Of::query_groups == group) {
+        // The queries are there, and everyone has left those before, to whose place the next ones come.
         if (group == 0) {
-          barrier_sync<2, 128>();
+          barrier_sync<query_barrier, 128>();
         } else {
-          barrier_sync<3, 128>();
+          barrier_sync<query_barrier + 1, 128>();
         }
         bool starts = i + Of::query_groups < share.count;
-        const auto start = [&] {
+        const auto start = [&] {  // to copy the next ones, once
           if (starts) {
             starts = false;
             uint4* to = ring + place<Of::stages>(turn + 1) * Of::matrix;
@@ -675,7 +681,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
                           }
                         });
         }
-      } else {
+      } else {  // another warpgroup's tile
         for (int end = 0; end < Of::rows; ++item) {
           const int slot = place<Of::items>(item);
           barrier_wait(memory.full + slot, parity<Of::items>(item));
@@ -722,7 +728,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   copies_end();
   copies_wait<0>();
   copies_visible();
-  wait_for_previous();
+  wait_for_previous();  // for the sums before shares; what is copied was there when those kernels began
   __syncthreads();
   if (is_key) {
     change_registers<Of::registers, Of::key_registers>();
