@@ -20,9 +20,6 @@ namespace fastrpe {
 namespace linear {
 namespace {
 
-// Barriers of a block beside those in shared memory: of the warpgroups for keys, of each for queries, of all of these.
-constexpr int key_barrier = 1, query_barrier = 2, walk_barrier = 4;
-
 template <int Features>
 struct Plan {
   static constexpr int M = Features;
@@ -160,6 +157,9 @@ __device__ __forceinline__ void start_queries(const Args<T>& args, const T* rows
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Barriers of a block beside those in shared memory: of the warpgroups for keys, of each for queries, of all of these.
+constexpr int key_barrier = 1, query_barrier = 2, walk_barrier = 4;
 
 // The first of the two rows that a thread has of a warpgroup's product of 64 rows; the second is 8 further.
 __device__ __forceinline__ int first_row() {
