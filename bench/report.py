@@ -78,7 +78,8 @@ def table(rows: list[Row]) -> Iterable[str]:
         "| backend | " + " | ".join(f"{m} ms (floor {floors[m]:.4g})" for m in modes) + _each(peaks, " | {} MiB") + " |"
     )
     yield "|---" * (1 + len(modes) + len(peaks)) + "|"
-    backends = sorted({row["backend"] for row in rows}, key=lambda b: min(r["ms"] for r in rows if r["backend"] == b))
+    fastest = {b: min(r["ms"] for r in rows if r["backend"] == b) for b in {row["backend"] for row in rows}}
+    backends = sorted(fastest, key=lambda b: (fastest[b], b))
     for backend in backends:
         cells = [f"**{backend}**" if backend in OURS else backend]
         for m in modes:
@@ -143,7 +144,7 @@ def plots(path: Path, rows: list[Row], output: Path) -> list[str]:
 
 def _save(figure: Any, output: Path, name: str, title: str) -> str:
     folder = output / "plots"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=110)
     return f"![{title}](plots/{name})\n"
 

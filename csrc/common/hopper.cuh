@@ -1,6 +1,7 @@
-// Hopper's asynchronous copies and warpgroup products, as far as the kernels here use them.
+// Hopper's asynchronous copies, barriers and products, as far as the kernels here use them.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -71,29 +72,24 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
   return y;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// Of the 128 threads of warpgroup i.
-__device__ __forceinline__ void warpgroup_barrier(int i) {
-  asm volatile("bar.sync %0, 128;" ::"r"(i + 1) : "memory");
-}
-
-// A barrier for the 128 threads of this thread's warpgroup, one of two. A number that the compiler does not know would
-// reserve all of a block's barriers.
-__device__ __forceinline__ void warpgroup_sync() {
-  if (threadIdx.x < 128) {
-    asm volatile("bar.sync 1, 128;" ::: "memory");
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
   } else {
-    asm volatile("bar.sync 2, 128;" ::: "memory");
+    return __half22float2(*reinterpret_cast<const __half2*>(&x));
   }
 }
 
-// Barrier Number, from 1 on, for Threads threads of a block; whether any of them has x.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Barrier Number of a block, from 1 on, for Threads of its threads.
 template <int Number, int Threads>
 __device__ __forceinline__ void barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(Number), "n"(Threads) : "memory");
 }
 
+// The same, and whether any of the threads has x.
 template <int Number, int Threads>
 __device__ __forceinline__ bool barrier_or(bool x) {
   uint32_t any;
@@ -102,6 +98,21 @@ __device__ __forceinline__ bool barrier_or(bool x) {
                : "r"(static_cast<uint32_t>(x)), "n"(Number), "n"(Threads)
                : "memory");
   return any != 0;
+}
+
+// A barrier for the 128 threads of this thread's warpgroup, one of two. A number that the compiler does not know would
+// reserve all of a block's barriers.
+__device__ __forceinline__ void warpgroup_sync() {
+  if (threadIdx.x < 128) {
+    barrier_sync<1, 128>();
+  } else {
+    barrier_sync<2, 128>();
+  }
+}
+
+// The same for any number of warpgroups, this thread's being number i.
+__device__ __forceinline__ void warpgroup_sync(int i) {
+  asm volatile("bar.sync %0, 128;" ::"r"(i + 1) : "memory");
 }
 
 // A barrier in shared memory, whose phases, numbered from 0 on, each end with the arrival number `count`. What threads
@@ -135,16 +146,30 @@ __device__ __forceinline__ void change_registers() {
   }
 }
 
-// Stores four matrices of 8 rows of 16 bytes: lane l gives the shared address of row l % 8 of number l / 8, and lane
-// (g, t) = (lane / 4, lane % 4) holds bytes 4 t and on of row g of each.
-__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]), "r"(v[1]),
-               "r"(v[2]), "r"(v[3])
-               : "memory");
+// Stores four matrices of 8 x 8 16-bit values, or each one's transpose: lane l gives where row l % 8 of number l / 8
+// is, a pointer or a shared address, and lane (g, t) = (lane / 4, lane % 4) holds columns 2 t and the next of row g of
+// each.
+template <bool Transposed = false, typename Place>
+__device__ __forceinline__ void store_matrices(Place to, const uint32_t (&x)[4]) {
+  uint32_t address;
+  if constexpr (std::is_pointer_v<Place>) {
+    address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  } else {
+    address = to;
+  }
+  if constexpr (Transposed) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+  }
 }
 
-// Loads what store_matrices stores: lane l gives the address of row l % 8 of number l / 8; or each one's transpose.
-template <bool Transposed>
+// Loads what store_matrices stores.
+template <bool Transposed = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const uint4* from) {
   const uint32_t address = shared_address(from);
   if constexpr (Transposed) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/macros.h>
 
 #include "shared.cuh"
 
@@ -10,8 +9,6 @@ namespace fastrpe {
 namespace linear {
 
 constexpr float ln2 = 0.6931471805599453f;
-constexpr float empty = -1e20f;   // the maximum of no exponent at all
-constexpr float masked = -1e30f;  // the exponent of a key that takes no part: no infinity to subtract
 
 template <typename T>
 struct Args {

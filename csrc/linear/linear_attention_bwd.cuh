@@ -83,8 +83,6 @@ struct HeadLayout {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr float none = -1e30f;  // the exponent of what takes no part
-
 // float16 holds 2^key_shift a, which is small where there are many keys.
 template <typename T>
 constexpr float key_shift = std::is_same_v<T, Half> ? 8.0f : 0.0f;
@@ -122,31 +120,6 @@ __device__ __forceinline__ void store_rows(const uint4* from, int first, int u, 
     if (first + n * rows < count) {
       *reinterpret_cast<uint4*>(to + n * rows * width) = x[n];
     }
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&x));
-  }
-}
-
-// Four matrices of 8 x 8 16-bit values, of which lane 8 m + i names row i of matrix m. As a left operand in registers
-// has them: a warp's 16 rows, 16 columns.
-template <bool Transposed = false>
-__device__ __forceinline__ void store_matrices(uint4* to, const uint32_t (&x)[4]) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (Transposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
-                 "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
-                 "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
   }
 }
 
@@ -356,7 +329,7 @@ __device__ __forceinline__ void half_norms(float (&norm)[2], const uint4* tile_k
     }
     norm[r] = sum_of_four(norm[r]) * (0.5f * log2e * square);
     if (row >= count || (mask != nullptr && !mask[row])) {
-      norm[r] = -none;
+      norm[r] = -masked;
     }
   }
 }

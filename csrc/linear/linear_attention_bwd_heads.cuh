@@ -15,7 +15,7 @@ __device__ __forceinline__ void prefetch(const void* from) {
 
 // Makes U of one tile of keys as the sum of two matrices, what features add to queries' exponents, and own_norms for
 // key_tile. `norms` are 64 numbers of shared memory.
-template <typename T, int M, typename Of>
+template <typename T, typename Of>
 __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile_k, const uint4* tile_v, int count,
                                            const bool* mask, float scale, float square, const float* bias, uint4* means,
                                            float* exponents, float* norms, float (&own_norms)[2]) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     if (threadIdx.x % 2 == 0) {
-      norms[key] = key < count && (mask == nullptr || mask[key]) ? sum * (-0.5f * log2e * square) : none;
+      norms[key] = key < count && (mask == nullptr || mask[key]) ? sum * (-0.5f * log2e * square) : masked;
     }
   }
   __syncthreads();  // all norms are there
@@ -89,7 +89,7 @@ __device__ __forceinline__ void sum_values(const uint4* omega, const uint4* tile
       const int f = base + n * 64 + warp * 16 + g + 8 * r;
       if (t == 0) {
         const float b = bias == nullptr ? 0.0f : bias[f];
-        exponents[f] = top[r] > 0.5f * none ? top[r] + __log2f(z[r]) + 2.0f * log2e * b : none;
+        exponents[f] = top[r] > 0.5f * masked ? top[r] + __log2f(z[r]) + 2.0f * log2e * b : masked;
       }
     }
   }
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
       copies_end();
     };
     const float* bias = keys.bias == nullptr ? nullptr : keys.bias + at.i_h * keys.bias_h;
-    float key_exponent = none;  // of this thread's feature
+    float key_exponent = masked;  // of this thread's feature
     float norms[2];
     if constexpr (Fresh) {
       copies_wait<1>();
@@ -357,15 +357,15 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
       if constexpr (!late) {
         start_next_keys();
       }
-      sum_values<T, M, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
-                           keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights), norms);
+      sum_values<T, Of>(omega, key_stage(n_unit), key_stage(n_unit) + slab, count_of(keys, 0), mask_of(at, 0),
+                        keys.scale, square, bias, means, exponents, reinterpret_cast<float*>(weights), norms);
     } else {
       fill_means<T, M, threads, Of::mean_parts, false>(keys.kv + at.head * (M * width), keys.z + at.head * M, means);
       if (threadIdx.x < M) {
         const float z = keys.z[at.head * M + threadIdx.x], c = keys.log_scale[at.head * M + threadIdx.x];
         const float b = bias == nullptr ? 0.0f : bias[threadIdx.x];
-        exponents[threadIdx.x] = z > 0.0f ? (c + b) * log2e + log2f(z) : none;
-        key_exponent = z > 0.0f ? (b - c) * log2e - log2f(z) + key_shift<T> : none;
+        exponents[threadIdx.x] = z > 0.0f ? (c + b) * log2e + log2f(z) : masked;
+        key_exponent = z > 0.0f ? (b - c) * log2e - log2f(z) + key_shift<T> : masked;
       }
       if (n_unit + 1 < units.end) {
         const int64_t state = next.head * M;
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(HeadLayout<M, Omega, Fresh, Single>::threads,
       copies_end();
     }
     if (threadIdx.x < M) {
-      if (Fresh && exponents[threadIdx.x] > none) {
+      if (Fresh && exponents[threadIdx.x] > masked) {
         const float b = bias == nullptr ? 0.0f : bias[threadIdx.x];
         key_exponent = 2.0f * log2e * b - exponents[threadIdx.x] + key_shift<T>;
       }

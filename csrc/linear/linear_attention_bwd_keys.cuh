@@ -96,8 +96,7 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
       products_end();
     }
   }
-  sums[0] = sum_of_four(sums[0]);
-  sums[1] = sum_of_four(sums[1]);
+  sum_of_four(sums);
   if constexpr (Groups > 1) {
     products_wait<1>(dv);
     products_wait(dk);
@@ -165,7 +164,7 @@ __device__ __forceinline__ void key_tile(const KeyMemory& shared, int start, uin
 #pragma unroll
   for (int s = 0; s < columns / 16; ++s) {
     uint32_t x[4];
-    load_matrices<false>(x, tile_k + piece(named, group * 4 + s * 2 + half));
+    load_matrices(x, tile_k + piece(named, group * 4 + s * 2 + half));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 key = unpack<T>(x[i]);
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::key_blocks)
         const float z = args.z[at.head * M + f], c = args.log_scale[at.head * M + f];
         const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
         inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
-        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : none;
+        exponents[f] = z > 0.0f ? (bias - c) * log2e - log2f(z) + key_shift<T> : masked;
       }
     }
     wait_for_previous();  // which sums dU and r; the state, k, v and omega are older
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(Layout<M>::key_threads, Layout<M>::omega_block
           const float z = args.z[at.head * M + f], log_scale = args.log_scale[at.head * M + f];
           const float bias = args.bias == nullptr ? 0.0f : args.bias[at.i_h * args.bias_h + f];
           inverse[i] = z > 0.0f ? 1.0f / z : 0.0f;
-          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + key_shift<T> : none;
+          c[i] = z > 0.0f ? (bias - log_scale) * log2e - log2f(z) + key_shift<T> : masked;
         }
       }
       copies_wait<0>();

@@ -76,8 +76,7 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
 
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
   add_exponents(w, exponent, shared.exponents + base, top);
-  top[0] = largest_of_four(top[0]);
-  top[1] = largest_of_four(top[1]);
+  largest_of_four(top);
 #pragma unroll
   for (int i = 0; i < F / 2; ++i) {
     w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);
@@ -137,16 +136,14 @@ __device__ __forceinline__ void query_tile(const QueryMemory<T>& shared, uint4* 
   for (int i = 0; i < F / 2; ++i) {
     delta[i / 2 % 2] = fmaf(w[i], ds[i], delta[i / 2 % 2]);
   }
-  delta[0] = sum_of_four(delta[0]);
-  delta[1] = sum_of_four(delta[1]);
+  sum_of_four(delta);
   if constexpr (is_half) {  // relative to the largest of a row, since float16 holds no small numbers
     size[0] = size[1] = 1e-30f;
 #pragma unroll
     for (int i = 0; i < F / 2; ++i) {
       size[i / 2 % 2] = fmaxf(size[i / 2 % 2], fabsf(ds[i]));
     }
-    size[0] = largest_of_four(size[0]);
-    size[1] = largest_of_four(size[1]);
+    largest_of_four(size);
     if constexpr (sums_omega<Sum>) {
       float largest = fmaxf(size[0], size[1]);
 #pragma unroll
@@ -350,7 +347,7 @@ __global__ void __launch_bounds__(Layout<M>::query_threads, Layout<M>::query_blo
   if (threadIdx.x < M) {
     const float z = args.z[state + threadIdx.x];
     const float bias = args.bias == nullptr ? 0.0f : args.bias[i_k * args.bias_h + threadIdx.x];
-    exponents[threadIdx.x] = z > 0.0f ? (args.log_scale[state + threadIdx.x] + bias) * log2e + log2f(z) : none;
+    exponents[threadIdx.x] = z > 0.0f ? (args.log_scale[state + threadIdx.x] + bias) * log2e + log2f(z) : masked;
   }
 
   const QueryMemory<T> shared{omega, means, weights, exponents, deltas, row_sums, half_products};
@@ -476,7 +473,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       const float z = next_z[threadIdx.x];
       const float bias =
           args.bias == nullptr ? 0.0f : args.bias[units.place(args, n).i_h / args.groups * args.bias_h + threadIdx.x];
-      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : none;
+      exponents[threadIdx.x] = z > 0.0f ? (next_scale[threadIdx.x] + bias) * log2e + log2f(z) : masked;
     }
   };
   start_state(units.begin);
@@ -524,8 +521,7 @@ __global__ void __launch_bounds__(OmegaLayout<M>::threads, OmegaLayout<M>::block
       // and the same with ds, and the largest of ds.
       float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, delta[2] = {}, size[2] = {1e-30f, 1e-30f};
       add_exponents(w, exponent, exponents + base, top);
-      top[0] = largest_of_four(top[0]);
-      top[1] = largest_of_four(top[1]);
+      largest_of_four(top);
 #pragma unroll
       for (int i = 0; i < F / 2; ++i) {
         w[i] = exp2_approximate(w[i] - top[i / 2 % 2]);

@@ -16,7 +16,6 @@ using T = BFloat16;
 constexpr int tile = 64;                // queries and keys that a block takes at a time
 constexpr int slab = tile * width / 8;  // 16-byte pieces of a tile
 constexpr int values = 32;              // of a thread, of a product of 64 x 64
-constexpr float empty = -1e20f;         // the maximum of no exponent at all
 
 // Sums over rows of each feature: of values, of weights (of queries: of weights times delta), and what both are
 // relative to; (heads, segments, M, V) and (heads, segments, M).
@@ -55,7 +54,6 @@ struct Layout {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr float none = -1e30f;  // the exponent of what takes no part
 constexpr float limit = 48.0f;  // weights and 1 / their sum stay far within what bfloat16 holds
 
 // The place of a thread. Of a product, as of an operand in registers, it has rows row(0) and row(1), and columns
@@ -127,10 +125,6 @@ __device__ __forceinline__ uint32_t pairs_of(const Thread& at, const uint4* from
   return shared_address(from) + 16 * piece(at.row(0), 0) + 4 * at.t;
 }
 
-__device__ __forceinline__ float2 unpack(uint32_t x) {
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-}
-
 // Has the compiler forget how x came about: it would keep what it makes of x in registers, which are scarce.
 template <typename X>
 __device__ __forceinline__ void forget(X& x) {
@@ -195,20 +189,20 @@ __device__ __forceinline__ void fill_key_bias(const uint4* k, int count, const b
     }
   }
   if (part == 0) {
-    to[key] = key < count && (mask == nullptr || mask[first + key]) ? -sum * square : none;
+    to[key] = key < count && (mask == nullptr || mask[first + key]) ? -sum * square : masked;
   }
 }
 
-// What each query of a tile adds to its exponents; one that sees no key has an lse of none.
+// What each query of a tile adds to its exponents; one that sees no key has an lse of `masked`.
 __device__ __forceinline__ void fill_query_bias(const float* lse, int count, float* to) {
   if (threadIdx.x < tile) {
     const float x = lse[threadIdx.x];
-    to[threadIdx.x] = threadIdx.x < count && x > 0.5f * none ? -x : none;
+    to[threadIdx.x] = threadIdx.x < count && x > 0.5f * masked ? -x : masked;
   }
 }
 
 // The operand some pieces further: one addition, where the compiler would make each from its address.
-__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t by) {
+__device__ __forceinline__ uint64_t pieces_further(uint64_t operand, uint32_t by) {
   return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + by);
 }
 
@@ -217,7 +211,7 @@ __device__ __forceinline__ void project(float (&c)[values], const uint4* a, cons
   const uint64_t first = operand(a), second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T>(c, further(first, s * 2), further(second, s * 2), add || s > 0);
+    multiply<T>(c, pieces_further(first, s * 2), pieces_further(second, s * 2), add || s > 0);
   }
 }
 
@@ -226,7 +220,7 @@ __device__ __forceinline__ void add_product(float (&c)[values], const uint4* a, 
   const uint64_t first = operand(a), second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T, Inner::b>(c, further(first, s * 2), further(second, s * 128), true);
+    multiply<T, Inner::b>(c, pieces_further(first, s * 2), pieces_further(second, s * 128), true);
   }
 }
 
@@ -235,7 +229,7 @@ __device__ __forceinline__ void add_product(float (&c)[values], const Operand& a
   const uint64_t second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T, Inner::b>(c, a[s], further(second, s * 128), add || s > 0);
+    multiply<T, Inner::b>(c, a[s], pieces_further(second, s * 128), add || s > 0);
   }
 }
 
@@ -244,7 +238,7 @@ __device__ __forceinline__ void add_columns(float (&c)[values], const Operand& a
   const uint64_t second = operand(b);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    multiply<T>(c, a[s], further(second, s * 2), true);
+    multiply<T>(c, a[s], pieces_further(second, s * 2), true);
   }
 }
 
@@ -252,19 +246,7 @@ __device__ __forceinline__ void add_columns(float (&c)[values], const Operand& a
 __device__ __forceinline__ void make_exponents(float (&x)[values], float exponent, const float* columns,
                                                float (&top)[2]) {
   add_exponents(x, exponent, columns, top);
-  top[0] = largest_of_four(top[0]);
-  top[1] = largest_of_four(top[1]);
-}
-
-__device__ __forceinline__ void weigh(Operand& a, const float (&x)[values], const float (&top)[2]) {
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[s][i] =
-          pack<T>(exp2_approximate(x[8 * s + 2 * i] - top[i % 2]), exp2_approximate(x[8 * s + 2 * i + 1] - top[i % 2]));
-    }
-  }
+  largest_of_four(top);
 }
 
 // Numbers in two parts: rounded, and what that leaves, rounded.
@@ -272,7 +254,7 @@ __device__ __forceinline__ void split(uint32_t (&first)[4], uint32_t (&rest)[4],
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     first[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-    const float2 y = unpack(first[i]);
+    const float2 y = unpack<T>(first[i]);
     rest[i] = pack<T>(x[2 * i] - y.x, x[2 * i + 1] - y.y);
   }
 }
@@ -317,17 +299,10 @@ __device__ __forceinline__ void load_split(const Thread& at, float (&x)[values],
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t from = (own ^ 16 * (2 * s + i / 2)) + 1024 * (i % 2);
-      const float2 y = unpack(load_pair(from)), z = unpack(load_pair(from + apart));
+      const float2 y = unpack<T>(load_pair(from)), z = unpack<T>(load_pair(from + apart));
       x[8 * s + 2 * i] = y.x + z.x;
       x[8 * s + 2 * i + 1] = y.y + z.y;
     }
-  }
-}
-
-__device__ __forceinline__ void rescale(float (&sums)[values], const float (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < values; ++i) {
-    sums[i] *= factor[i / 2 % 2];
   }
 }
 
@@ -350,7 +325,7 @@ __device__ __forceinline__ int narrow(const Thread& at, float (&x)[values], floa
                                       int begin, int end, const float* columns) {
   while (true) {
     int edge = Forwards ? begin : end - 1;
-    while (edge != (Forwards ? end - 1 : begin) && columns[edge] < 0.5f * none) {
+    while (edge != (Forwards ? end - 1 : begin) && columns[edge] < 0.5f * masked) {
       edge += Forwards ? 1 : -1;
     }
     float least[2] = {before[0], before[1]};
@@ -376,7 +351,7 @@ __device__ __forceinline__ int narrow(const Thread& at, float (&x)[values], floa
 #pragma unroll
   for (int i = 0; i < values; ++i) {
     const int column = i / 4 * 8 + 2 * at.t + i % 2;
-    x[i] = column >= begin && column < end ? x[i] : none;
+    x[i] = column >= begin && column < end ? x[i] : masked;
   }
   return __shfl_sync(0xffffffff, Forwards ? end : begin, 0);
 }
@@ -459,7 +434,7 @@ struct State {
     for (int s = 0; s < 4; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack(a[s][i]);
+        const float2 x = unpack<T>(a[s][i]);
         const float2 y = columns == nullptr ? float2{1.0f, 1.0f} : pair_of(columns, column_of(at, s, i));
         weights[i % 2] = fmaf(x.x, y.x, fmaf(x.y, y.y, weights[i % 2]));
       }

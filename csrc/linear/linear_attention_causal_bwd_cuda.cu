@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Layout<M>::blocks) sum_ker
     make_exponents(s, exponent, bias, top);
     state.move(top);
     Operand a;
-    weigh(a, s, top);
+    make_weights<T>(a, s, top);
     products_begin();
     add_product(state.sums, a, tile_y, true);
     products_end();

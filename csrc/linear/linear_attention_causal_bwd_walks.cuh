@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       keys.move(top);
       store_split(at, state, rests, keys.sums);
       Operand a;
-      weigh(a, s, top);
+      make_weights<T>(a, s, top);
       store_operand(at, phi, a);
       float p[values];
       products_begin();
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       float largest[2] = {-INFINITY, -INFINITY}, den[2] = {}, delta[2] = {};
       products_wait<0>(p);
       make_exponents(p, exponent, exponents, largest);
-      weigh(w, p, largest);
+      make_weights<T>(w, p, largest);
       float scores[values];
       products_begin();
       add_product(scores, w, phi, false);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 x = unpack(w[s][i]), z = pair_of(weights, column_of(at, s, i));
+          const float2 x = unpack<T>(w[s][i]), z = pair_of(weights, column_of(at, s, i));
           den[i % 2] = fmaf(x.x, z.x, fmaf(x.y, z.y, den[i % 2]));
         }
       }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 x = unpack(w[s][i]);
+          const float2 x = unpack<T>(w[s][i]);
           delta[i % 2] = fmaf(x.x, dw[8 * s + 2 * i], fmaf(x.y, dw[8 * s + 2 * i + 1], delta[i % 2]));
         }
       }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
         if (at.group == 0 && at.t == 0 && row >= begin && row < min(end, count)) {
           int i = first + row;
           forget(i);
-          args.lse[heads->rows + i] = there ? largest[r] + log2f(den[r]) : none;
+          args.lse[heads->rows + i] = there ? largest[r] + log2f(den[r]) : masked;
           args.delta[heads->rows + i] = delta[r];
         }
       }
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::blo
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 x = unpack(w[s][i]), z = pair_of(weights, column_of(at, s, i));
+          const float2 x = unpack<T>(w[s][i]), z = pair_of(weights, column_of(at, s, i));
           const float x0 = x.x * factor[i % 2] * fmaf(-delta[i % 2], z.x, dw[8 * s + 2 * i]);
           const float x1 = x.y * factor[i % 2] * fmaf(-delta[i % 2], z.y, dw[8 * s + 2 * i + 1]);
           if constexpr (Omega) {
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       queries.move(top);
       store_split(at, state, rests, queries.sums);
       Operand a;
-      weigh(a, s, top);
+      make_weights<T>(a, s, top);
       store_operand(at, phi, a);
       float p[values];
       products_begin();
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
         float key[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          key[r] = at.row(r) >= begin && at.row(r) < end ? key_bias[at.row(r)] : none;
+          key[r] = at.row(r) >= begin && at.row(r) < end ? key_bias[at.row(r)] : masked;
         }
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 x = unpack(w[s][i]), y = pair_of(weights, column_of(at, s, i));
+          const float2 x = unpack<T>(w[s][i]), y = pair_of(weights, column_of(at, s, i));
           const float x0 = x.x * (dw[8 * s + 2 * i] - y.x), x1 = x.y * (dw[8 * s + 2 * i + 1] - y.y);
           if constexpr (Omega) {
             dbias[(2 * s + i / 2) * 2] += x0;
@@ -520,7 +520,7 @@ __global__ void __launch_bounds__(Layout<M>::threads, Omega ? 1 : Layout<M>::key
       const uint32_t own_k = pairs_of(at, tile_k) ^ 16 * (at.group * (8 / G));
 #pragma unroll
       for (int i = 0; i < own<G>; i += 2) {
-        const float2 x = unpack(load_pair((own_k ^ 16 * (i / 4)) + 1024 * (i / 2 % 2)));
+        const float2 x = unpack<T>(load_pair((own_k ^ 16 * (i / 4)) + 1024 * (i / 2 % 2)));
         y[i] = fmaf(y[i], args.scale, -x.x * total[i / 2 % 2]);
         y[i + 1] = fmaf(y[i + 1], args.scale, -x.y * total[i / 2 % 2]);
       }

@@ -1,3 +1,5 @@
+#include <cuda_runtime.h>
+
 #include <algorithm>
 
 #include "linear_attention.cuh"
@@ -156,7 +158,10 @@ __device__ __forceinline__ void start_queries(const Args<T>& args, const T* rows
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Rows 8 i + g of a warp's 16, of a matrix of 64 rows a warpgroup, with i = 0 and 1.
+// Barriers of a block beside those in shared memory: of the warpgroups for keys, of each for queries, of all of these.
+constexpr int key_barrier = 1, query_barrier = 2, walk_barrier = 4;
+
+// The first of the two rows that a thread has of a warpgroup's product of 64 rows; the second is 8 further.
 __device__ __forceinline__ int first_row() {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
@@ -240,8 +245,7 @@ __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2]
       seen[n / 2 % 2] = fmaxf(seen[n / 2 % 2], s[n]);
     }
   }
-  seen[0] = largest_of_four(seen[0]);
-  seen[1] = largest_of_four(seen[1]);
+  largest_of_four(seen);
   return next[0] > seen[0] + reach || next[1] > seen[1] + reach;
 }
 
@@ -265,12 +269,12 @@ __device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
 template <typename Of, typename T>
 __device__ __forceinline__ void change_projection(const Args<T>& args, const Memory<Of>& memory, const Tile& tile) {
   if (args.projection.head != 0) {
-    barrier_sync<4, Of::walkers>();
+    barrier_sync<walk_barrier, Of::walkers>();
     fill_projection<T, Of::M, Of::walkers>(args.projection, tile.h(args), memory.omega);
     copies_end();
     copies_wait<0>();
     copies_visible();
-    barrier_sync<4, Of::walkers>();
+    barrier_sync<walk_barrier, Of::walkers>();
   }
 }
 
@@ -338,12 +342,12 @@ struct Copies {
 #pragma unroll
       for (int n = 0; n < width / 16; ++n) {
         uint32_t a[4];
-        load_matrices<false>(a, rows + piece(lane % 16, 2 * n + lane / 16));
+        load_matrices(a, rows + piece(lane % 16, 2 * n + lane / 16));
         multiply_warp<T>(low, a, a[0], a[2]);
         multiply_warp<T>(high, a, a[1], a[3]);
       }
     }
-    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;
+    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;  // of one that has copied these keys
     if (lane % 4 == g / 2) {
       float* to = memory.key_bias + place<Of::stages>(i) * Of::rows + first + g;
       to[0] = own & 1 ? (g % 2 == 0 ? low[0] : low[1]) * args.norm : masked;
@@ -431,7 +435,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         }
         far |= is_far(s, c[part], next[part], key_bias, begin, end);
       }
-      far = barrier_or<1, Of::key_threads>(far);
+      far = barrier_or<key_barrier, Of::key_threads>(far);
       if (__any_sync(~0u, far) && end - begin > 1) {  // which tells the compiler that a warp's threads agree
         end = begin + (end - begin) / 2;
         continue;
@@ -456,10 +460,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         if (__any_sync(~0u, next[part][0] > c[part][0] || next[part][1] > c[part][1])) {
           const float factor[2] = {exp2_approximate(c[part][0] - next[part][0]),
                                    exp2_approximate(c[part][1] - next[part][1])};
-#pragma unroll
-          for (int n = 0; n < 32; ++n) {
-            kv[part][n] *= factor[n / 2 % 2];
-          }
+          rescale(kv[part], factor);
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
             z[part][n] *= factor[n];
@@ -553,8 +554,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     products_wait(p);
     const float old[2] = {top[0], top[1]};
     add_exponents(p, args.scale, memory.exponents + slot * Of::M + from, top);
-    top[0] = largest_of_four(top[0]);
-    top[1] = largest_of_four(top[1]);
+    largest_of_four(top);
     if (from > 0) {
       const float factor[2] = {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])};
 #pragma unroll
@@ -605,8 +605,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
   }
   products_end();
   const int2 range = memory.ranges[slot];
-  total[0] = sum_of_four(total[0]);
-  total[1] = sum_of_four(total[1]);
+  sum_of_four(total);
   products_wait(y);
   release(range.y);
 
@@ -648,13 +647,14 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
     for (int first = tile.first; i < until; ++i, first += Of::rows) {
       const int turn = i / Of::query_groups, value = place<Of::values>(i);
       if (i % Of::query_groups == group) {
+        // The queries are there, and everyone has left those before, to whose place the next ones come.
         if (group == 0) {
-          barrier_sync<2, 128>();
+          barrier_sync<query_barrier, 128>();
         } else {
-          barrier_sync<3, 128>();
+          barrier_sync<query_barrier + 1, 128>();
         }
         bool starts = i + Of::query_groups < share.count;
-        const auto start = [&] {
+        const auto start = [&] {  // to copy the next ones, once
           if (starts) {
             starts = false;
             uint4* to = ring + place<Of::stages>(turn + 1) * Of::matrix;
@@ -681,7 +681,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
                           }
                         });
         }
-      } else {
+      } else {  // another warpgroup's tile
         for (int end = 0; end < Of::rows; ++item) {
           const int slot = place<Of::items>(item);
           barrier_wait(memory.full + slot, parity<Of::items>(item));
@@ -728,7 +728,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   copies_end();
   copies_wait<0>();
   copies_visible();
-  wait_for_previous();
+  wait_for_previous();  // for the sums before shares; what is copied was there when those kernels began
   __syncthreads();
   if (is_key) {
     change_registers<Of::registers, Of::key_registers>();

@@ -307,8 +307,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     products_wait(s);
     float top[2] = {masked, masked};
     add_exponents(s, args.scale, memory.key_bias, top);
-    top[0] = largest_of_four(top[0]);
-    top[1] = largest_of_four(top[1]);
+    largest_of_four(top);
     if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
       float factor[2];
 #pragma unroll
@@ -458,7 +457,7 @@ struct Queries {
       } else if constexpr (Of::groups == 1) {
         __syncthreads();
       } else {
-        warpgroup_barrier(threadIdx.x / 128);
+        warpgroup_sync(threadIdx.x / 128);
       }
       if constexpr (Of::pass == Pass::queries) {
         if (step == args.query_steps - 1 && n < count - 1) {
@@ -482,8 +481,7 @@ struct Queries {
           products_wait(s);
           const float old[2] = {top[0], top[1]};
           add_exponents(s, args.scale, exponents + from, top);
-          top[0] = largest_of_four(top[0]);
-          top[1] = largest_of_four(top[1]);
+          largest_of_four(top);
           if constexpr (part < Of::M) {
             rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
           }

@@ -1,5 +1,4 @@
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 
@@ -7,18 +6,18 @@
 
 // Attention of heads of at most 64 queries and 64 keys, without a state. A warpgroup takes several key heads, one after
 // another, each with its query heads; all of a head is in registers and shared memory, so that no maximum is a running
-// one. What a head needs first is copied while the head before is computed, to where that has been read: keys and
-// queries lie where the last queries' exponents have been made, values where the means have.
+// one. What the next head needs is copied while this one is computed, as soon as its place is free: values when the
+// means have been made, keys and queries when the last queries' exponents have.
 namespace fastrpe {
 namespace linear {
 namespace {
 
-// Shared memory is in units of 16 bytes; with 128 features blocks leave none, nor registers.
+// Shared memory is in units of 16 bytes; with 128 features the blocks leave none of it, and no registers.
 template <int M>
 struct Plan {
   static constexpr int threads = 128;
-  static constexpr int blocks = M == 64 ? 5 : 4;  // of a multiprocessor
-  static constexpr int matrix = M * pieces, tile = 64 * pieces;
+  static constexpr int blocks = M == 64 ? 5 : 4;                 // of a multiprocessor
+  static constexpr int matrix = M * pieces, tile = 64 * pieces;  // of features; of tokens
   static constexpr size_t bytes = 16 * (2 * matrix + 3 * tile);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
 };
@@ -50,20 +49,6 @@ struct Head {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// Weights 2^(s - top) of 64 columns of s from `first` on.
-template <typename T, int R>
-__device__ __forceinline__ void make_weights(uint32_t (&weights)[4][4], const float (&s)[R], int first,
-                                             const float (&top)[2]) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float* pair = s + first / 2 + 8 * n + 2 * m;
-      weights[n][m] = pack<T>(exp2_approximate(pair[0] - top[m % 2]), exp2_approximate(pair[1] - top[m % 2]));
-    }
-  }
-}
 
 // sums (= or +=) weights values, in the background, and the sums of the weights as they are rounded.
 template <typename T>
@@ -98,14 +83,14 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
   const auto biases_of = [&](int warp) { return reinterpret_cast<float*>(means + (M - 64 + warp * 16) * pieces); };
   const uint64_t of_omega = operand(omega), of_means = operand(means), of_keys = operand(keys),
                  of_values = operand(values), of_queries = operand(queries);
-  const auto start = [&](const Rows<T>& from, const Head& of, uint4* to) {
+  const auto start = [&](const Rows<T>& from, const Head& of, uint4* to) {  // keys or values
     fetch<Of::threads, 64>(from.at(of.b, of.h), from.l, 0, to, [&](int key) { return takes_part(args, of.b, key); });
   };
   const auto start_queries = [&](const Head& of, int i) {
     fetch<Of::threads, 64>(args.q.at(of.b, of.h * args.queries + i), args.q.l, 0, queries,
                            [&](int row) { return row < args.L; });
   };
-  const auto arrive = [](auto under_way) {
+  const auto await = [](auto under_way) {  // until at most so many groups of copies are under way
     copies_wait<under_way>();
     copies_visible();
     __syncthreads();
@@ -130,8 +115,8 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
   if (!is_copied) {
     fill_projection<T, M, Of::threads>(args.projection, at.h, omega);
   }
-  arrive(std::integral_constant<int, 1>{});
-  constexpr int first = 1 << 30;
+  await(std::integral_constant<int, 1>{});
+  constexpr int first = 1 << 30;  // added to the number of heads left until the first one's values have come
   int left = first + share + (this_block() < more ? 1 : 0);
   for (; left > 0; --left) {
     float s[parts][32], mean[parts][32], top[parts][2], total[parts][4] = {};
@@ -151,20 +136,19 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
     __syncthreads();
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
-      products_wait<(parts > 1)>(s[part]);
+      products_wait<(parts > 1)>(s[part]);  // the other part's may be under way, or the means' of the first
       top[part][0] = top[part][1] = masked;
       add_exponents(s[part], args.scale, biases_of(warp), top[part]);
-      top[part][0] = largest_of_four(top[part][0]);
-      top[part][1] = largest_of_four(top[part][1]);
+      largest_of_four(top[part]);
       uint32_t weights[4][4];
-      make_weights<T>(weights, s[part], 0, top[part]);
-      if (part == 0 && left >= first) {  // the first head's values and queries have come
-        arrive(none);
+      make_weights<T>(weights, s[part], top[part]);
+      if (part == 0 && left >= first) {
+        await(none);
         left -= first;
       }
       add_values<T>(mean[part], total[part], weights, of_values, false);
     }
-    // Of number t of the features that this thread has, as three others do.
+    // Four threads share 2 parts features: this one has the sums, and makes what queries add, of number t of them.
     const int feature = row + t / 2 * 64 + t % 2 * 8;
     float exponent = t < 2 * parts ? 2 * feature_bias(args, at.h, feature) : 0;
     float own_top = top[0][0], own_total = total[0][0];
@@ -174,8 +158,8 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
       own_total = t == i ? total[i / 2][i % 2 * 2] : own_total;
     }
     exponent += own_top + __log2f(fmaxf(own_total, tiny));
-    uint4* const own[2] = {means + piece(row, 2 * t), means + piece(row, 2 * t + 1)};  // a step of 8 rows keeps it
-    __syncwarp();                                                                      // the biases have been read
+    uint4* const own[2] = {means + piece(row, 2 * t), means + piece(row, 2 * t + 1)};
+    __syncwarp();  // the biases have been read
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
       if (part + 1 < parts) {
@@ -196,6 +180,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
             const float* pair = mean[part] + 16 * half + 4 * p + 2 * i;
             pairs[p] = pack<T>(pair[0] * inverse, pair[1] * inverse);
           }
+          // A step of 8 rows keeps the swizzle.
           own[half][(part * 64 + 8 * i) * pieces] = {pairs[0], pairs[1], pairs[2], pairs[3]};
         }
       }
@@ -231,12 +216,11 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
         start_queries(next, 0);
       }
       copies_end();
-      top[0] = largest_of_four(top[0]);
-      top[1] = largest_of_four(top[1]);
+      largest_of_four(top);
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
         uint32_t weights[4][4];
-        make_weights<T>(weights, s, part * 64, top);
+        make_weights<T>(weights, s + part * 32, top);
         add_values<T>(sums, total, weights, further(of_means, part * 64 * 128), part > 0);
       }
       products_wait(sums);
@@ -258,7 +242,7 @@ __global__ void __launch_bounds__(Plan<M>::threads, Plan<M>::blocks) head_attent
         fill_projection<T, M, Of::threads>(args.projection, next.h, omega);
         copies_end();
       }
-      arrive(none);  // and everyone has left the means
+      await(none);  // and everyone has left the means
       // Only now: the barrier would wait for the rows' way to global memory.
       const int64_t head = (static_cast<int64_t>(at.b) * args.Hk + at.h) * args.queries + n;
       T* to = args.out + (head * args.L + row) * width + 8 * t;

@@ -15,6 +15,8 @@ namespace fastrpe {
 namespace linear {
 
 constexpr float log2e = 1.4426950408889634f;
+constexpr float empty = -1e20f;   // the maximum of no exponent at all
+constexpr float masked = -1e30f;  // the exponent of what takes no part: no infinity to subtract
 
 constexpr int width = 64;          // D and V
 constexpr int pieces = width / 8;  // of 16 bytes, of a row
@@ -92,7 +94,7 @@ inline Projection projection_of(const char* op, const std::optional<Tensor>& ome
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// The largest and the sum of a row, which four neighbouring threads hold.
+// The largest and the sum of a row, which four neighbouring threads hold; of one row or of two.
 __device__ __forceinline__ float largest_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -101,6 +103,25 @@ __device__ __forceinline__ float largest_of_four(float x) {
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ void largest_of_four(float (&x)[2]) {
+  x[0] = largest_of_four(x[0]);
+  x[1] = largest_of_four(x[1]);
+}
+
+__device__ __forceinline__ void sum_of_four(float (&x)[2]) {
+  x[0] = sum_of_four(x[0]);
+  x[1] = sum_of_four(x[1]);
+}
+
+// A thread's two rows, each times a factor.
+template <int R>
+__device__ __forceinline__ void rescale(float (&rows)[R], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    rows[i] *= factor[i / 2 % 2];
+  }
 }
 
 // s scaled, with the exponents of its columns; the largest of this thread's two rows.
@@ -116,6 +137,19 @@ __device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const 
       x = fmaf(x, scale, e.x);
       y = fmaf(y, scale, e.y);
       top[i] = fmaxf(top[i], fmaxf(x, y));
+    }
+  }
+}
+
+// Weights 2^(s - top) of 64 columns, as a left operand.
+template <typename T>
+__device__ __forceinline__ void make_weights(uint32_t (&weights)[4][4], const float* s, const float (&top)[2]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float* pair = s + 8 * n + 2 * m;
+      weights[n][m] = pack<T>(exp2_approximate(pair[0] - top[m % 2]), exp2_approximate(pair[1] - top[m % 2]));
     }
   }
 }

@@ -45,6 +45,9 @@ class Performer(nn.Module):
         normalize: divide by the sum of the weights.
         backend: of `fastrpe.ops.linear_attention`.
 
+    Raises:
+        ValueError: an unknown order; ``normalize=False`` with ``"post"``, or of a map without a kind.
+
     Source:
         Performers (arXiv 2009.14794); RoFormer (arXiv 2104.09864) eq. 19 for ``"post"``.
     """
@@ -98,6 +101,14 @@ class Performer(nn.Module):
             dropout: 0, since weights are never formed.
             encode: turns features by their positions, for ``order="post"``.
             cache: the tokens before these, to which these are added; causal alone.
+
+        Returns:
+            ``(B, H, L, V)``, of the dtype of v, accumulated and rounded as by `fastrpe.ops.linear_attention`.
+
+        Raises:
+            TypeError, ValueError: a wrong type or shape; a cache without ``causal``; ``causal`` of a map that looks at
+                all keys.
+            NotImplementedError: dropout, or a mask that is not one of keys.
         """
         op = "Performer"
         check_shape(op, "q", q, ("B", "H", "L", "D"), **({} if self.head_dim is None else {"D": self.head_dim}))

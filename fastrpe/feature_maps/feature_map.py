@@ -38,6 +38,9 @@ class FeatureMap(nn.Module):
         omega: the projection, ``(M, D)`` or ``(num_heads, M, D)``, a buffer (a parameter where it is learned) that
             stays in float32; None without one.
         draws: how many projections have been drawn; with the steps taken, part of the state dict.
+
+    Raises:
+        ValueError: a size that is not positive, an unknown projection, a negative ``redraw_every``.
     """
 
     kind: str | None = None
@@ -90,10 +93,17 @@ class FeatureMap(nn.Module):
         """Features of queries and keys, those of exponential kinds up to a factor that normalised attention cancels.
 
         Args:
-            q: queries.
-            k: keys; H is a multiple of Hk.
+            q: queries, ``(B, H, L, D)``.
+            k: keys, ``(B, Hk, S, D)``; H is a multiple of Hk.
             causal: the features are for causal attention, so no key's may depend on a later one's: keys then have no
                 stabilizer, and float16 overflows for large ones; `fastrpe.ops.linear_attention` has one that is causal.
+
+        Returns:
+            ``(phi_q, phi_k)``, ``(B, H, L, F)`` and ``(B, Hk, S, F)`` of the dtype of q and k, computed as by
+            `fastrpe.ops.random_features`. Gradients flow to q and k, and to what the map learns.
+
+        Raises:
+            TypeError, ValueError: a wrong type or shape; ``causal`` of a map that looks at all keys.
         """
         self._check(q, k, causal)
         q, k, a = self.prepare(q, k)

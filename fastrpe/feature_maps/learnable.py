@@ -12,13 +12,19 @@ from .feature_map import FeatureMap
 class LearnableFeatures(FeatureMap):
     r"""Performer-f_theta: attention of the kernel f(q).f(k) with a learned, positive f.
 
+    .. math:: f(x)_m = \begin{cases}
+        b_m + \epsilon & \text{projection} \\
+        \sum_p c_{mp} \, b_m^p + \epsilon & \text{polynomial} \\
+        b_m + g_m \, \mathrm{softplus}(V_2 \, \mathrm{gelu}(V_1 x))_m + \epsilon & \text{mlp}
+        \end{cases} \qquad b = \mathrm{base}(W x)
+
     At the start f is Performer-ReLU or, up to a factor that attention cancels, Performer-exp, and learns from there:
 
-    - ``"projection"``: base(W x) with learned W, the identity at first where M = D, otherwise a drawn projection. Of a
-      kind that attention kernels compute themselves.
-    - ``"polynomial"``: sum_p c_mp base(W x)_m^p + eps, p = 0 ... degree, with learned W and c >= 0, at first c_m1 = 1
-      alone. A c whose update would make it negative is 0 but keeps its gradient.
-    - ``"mlp"``: base(W x) + g softplus(V_2 gelu(V_1 x)) + eps with learned W, V and g >= 0, at first 0.
+    - ``"projection"``: W is the identity at first where M = D, otherwise a drawn projection. Of a kind that attention
+      kernels compute themselves.
+    - ``"polynomial"``: p = 0 ... degree and c >= 0, at first c_m1 = 1 alone. A c whose update would make it negative is
+      0 but keeps its gradient.
+    - ``"mlp"``: V with biases, and g >= 0, at first 0.
 
     Args:
         num_features: M; None for D.
@@ -35,6 +41,9 @@ class LearnableFeatures(FeatureMap):
         omega: W, a parameter.
         coefficients: c, ``(M, degree + 1)``.
         gate: g, ``(M,)``.
+
+    Source:
+        Performers (arXiv 2009.14794) section 4.3, generalized attention, with a learned f.
     """
 
     def __init__(

@@ -13,9 +13,21 @@ def optimal_a(
     phi: Tensor,  # (...)
     head_dim: int,
 ) -> Tensor:  # (...)
-    """The A that makes the second moment of OPRF least for |x + y|^2 = phi: at most 0, and 0 where phi is.
+    r"""The A that makes the second moment of OPRF least for |x + y|^2 = phi: at most 0, and 0 where phi is.
 
-    16 A = 1 - 2 t - r with r^2 = (2 t + 1)^2 + 8 t and t = phi / D, in a form without cancellation.
+    .. math:: 16 A = 1 - 2 t - r, \qquad r^2 = (2 t + 1)^2 + 8 t, \quad t = \phi / D
+
+    in a form without cancellation.
+
+    Args:
+        phi: |x + y|^2 of a scaled query and key, or its mean; at least 0, any shape.
+        head_dim: D.
+
+    Returns:
+        A, of the shape and dtype of phi.
+
+    Source:
+        FAVOR++ (arXiv 2205.15317) theorem 2.
     """
     t = phi / head_dim
     r = torch.hypot(2 * t + 1, (8 * t).sqrt())

@@ -1,7 +1,11 @@
 """Random projections W, (M, D), drawn in float64: rows w with E exp(w.z) equal, or close, to exp(|z|^2 / 2).
 
 Every function takes a generator, draws on its device (the CPU without one), and gives ``(*batch, M, D)``, one
-independent draw for each entry of ``batch``.
+independent draw for each entry of ``batch``. A size of which there is no such projection is a ValueError.
+
+Source:
+    Performers (arXiv 2009.14794) section 2.4 for orthogonal rows; Choromanski et al. (arXiv 1703.00864) for Hadamard
+    matrices times random signs.
 """
 
 from collections.abc import Callable

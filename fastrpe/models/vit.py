@@ -39,11 +39,28 @@ KERNELS = ("softmax", *FEATURES)
 class ViTConfig:
     """Sizes of a `ViT`.
 
-    ``position`` is ``"none"``, ``"learned"`` (an embedding added to the patches, interpolated at other image sizes) or
-    an encoding of queries and keys by the patch's coordinates, in patches: ``"rope"`` (axial, fixed, shared by all
-    layers) or another of `ENCODINGS` (learned for each layer and head). ``position_options`` go to its constructor.
-    ``kernel`` is ``"softmax"`` or a Performer, which has no weights to drop, with features of `FEATURES`, to whose
-    constructor ``kernel_options`` go.
+    Args:
+        image_size: pixels of a side in training, a multiple of ``patch_size``.
+        patch_size: pixels of a patch's side.
+        channels: of an image.
+        classes: how many logits there are.
+        dim: size of a token, a multiple of ``heads``.
+        depth: number of blocks.
+        heads: H.
+        mlp_ratio: size of a perceptron's hidden layer over ``dim``.
+        position: ``"none"``, ``"learned"`` (an embedding added to the patches, interpolated at other image sizes) or an
+            encoding of queries and keys by the patch's coordinates, in patches: ``"rope"`` (axial, fixed, shared by all
+            layers) or another of `ENCODINGS` (learned for each layer and head).
+        position_options: go to the encoding's constructor.
+        kernel: ``"softmax"`` or a Performer, which has no weights to drop, with features of `FEATURES`.
+        kernel_options: go to the features' constructor.
+        pool: what the head sees: the ``"mean"`` of the patches, or ``"cls"``, a class token.
+        registers: tokens without a position beside the patches.
+        dropout: probability to drop a number of a branch, and an attention weight.
+        drop_path: probability to drop a branch of the last block; grows linearly from 0 at the first.
+
+    Raises:
+        ValueError: an unknown choice, options of what takes none, a size that is no multiple.
     """
 
     image_size: int = 28
@@ -58,10 +75,10 @@ class ViTConfig:
     position_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     kernel: str = "softmax"
     kernel_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    pool: str = "mean"  # or "cls", a class token
+    pool: str = "mean"
     registers: int = 0
     dropout: float = 0.0
-    drop_path: float = 0.0  # of the last block; grows linearly from 0
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("ViTConfig", "position", self.position, POSITIONS)
@@ -78,11 +95,22 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
-    """Pre-norm Vision Transformer: images to class logits.
+    r"""Pre-norm Vision Transformer: images to class logits.
 
-    Class token and registers stand before the patches and have no position. Images of another size than
+    .. math:: x \leftarrow x + \mathrm{Attention}(\mathrm{norm}(x), p), \qquad
+        x \leftarrow x + \mathrm{MLP}(\mathrm{norm}(x))
+
+    in each block, for tokens x of the patches at p; with a Performer's kernel in time linear in their number. Class
+    token and registers stand before the patches and have no position. Images of another size than
     ``config.image_size`` are accepted: coordinates continue beyond the trained grid. One random seed gives one set of
     weights, whatever the position encoding and the kernel: their draws come from streams of their own.
+
+    Args:
+        config: its sizes.
+
+    Source:
+        ViT (arXiv 2010.11929) eq. 1-4; its positions RoPE-ViT (arXiv 2403.13298), its kernels Performers (arXiv
+        2009.14794).
     """
 
     grid: Tensor
@@ -110,8 +138,17 @@ class ViT(nn.Module):
     def forward(
         self,
         images: Tensor,  # (B, channels, height, width)
-        positions: Tensor | None = None,  # (L, 2), of the patches; by default their column and row
+        positions: Tensor | None = None,  # (L, 2)
     ) -> Tensor:  # (B, classes)
+        """Class logits.
+
+        Args:
+            images: ``(B, channels, height, width)``, sides multiples of the patch's.
+            positions: coordinates of the L patches; by default their column and row.
+
+        Raises:
+            TypeError, ValueError: a wrong type or shape.
+        """
         patch = self.config.patch_size
         check_shape("ViT", "images", images, ("B", "channels", "height", "width"), channels=self.config.channels)
         height, width = images.shape[-2] // patch, images.shape[-1] // patch
@@ -136,6 +173,7 @@ class ViT(nn.Module):
 
     @property
     def attentions(self) -> list[Attention]:
+        """The attention of each block."""
         return [module for module in self.modules() if isinstance(module, Attention)]
 
     def fold(self) -> "ViT":
@@ -145,6 +183,7 @@ class ViT(nn.Module):
         return self
 
     def unfold(self) -> "ViT":
+        """Undo `fold`, up to rounding."""
         for attention in self.attentions:
             attention.unfold()
         return self

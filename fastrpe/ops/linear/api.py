@@ -62,8 +62,8 @@ def linear_attention(
 
     over all keys j, or those with j <= i when causal. Equivalent to, but for overflow and rounding::
 
-        a = random_features(q, omega, kind) @ random_features(k, omega, kind).mT    # tril() when causal
-        out = a / a.sum(-1, keepdim=True) @ v                                       # a @ v if not normalize
+        w = random_features(q, omega, kind) @ random_features(k, omega, kind).mT    # tril() when causal
+        out = w / w.sum(-1, keepdim=True) @ v                                       # w @ v if not normalize
 
     No exponential is taken above 1: key features are held relative to the largest of the keys (when causal, of the
     keys so far, and the sums are rescaled as it grows), a query's relative to its row's largest. Both factors cancel.
@@ -100,7 +100,7 @@ def linear_attention(
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device or choice.
-        NotImplementedError: the named backend cannot serve this device.
+        NotImplementedError: the named backend cannot serve this device, dtype, kind or size; it says which can.
         RuntimeError: the named backend does not run on this machine.
 
     Source:
