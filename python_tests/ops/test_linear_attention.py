@@ -763,6 +763,7 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(q=1), TypeError, "q must be a Tensor, got int"),
     (dict(q=torch.zeros(2, 4, 8)), ValueError, "q must have shape (B, H, L, D), got (2, 4, 8)"),
     (dict(q=torch.zeros(2, 4, 70, 8).int()), ValueError, "q must have dtype float16, bfloat16, float32, float64, got"),
+    (dict(q=torch.zeros(2, 4, 70, 0)), ValueError, "q must have D > 0, got (2, 4, 70, 0)"),
     (dict(k=torch.zeros(2, 2, 70, 7)), ValueError, "k must have shape (B, Hk, S, D) with B=2, D=8, got (2, 2, 70, 7)"),
     (dict(k=torch.zeros(2, 3, 70, 8)), ValueError, "k must have a number of heads that divides H=4, got 3"),
     (
@@ -774,11 +775,13 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(v=torch.zeros(2, 2, 70, 5).half()), ValueError, "v must have dtype float32, got float16"),
     (dict(k=torch.zeros(2, 2, 70, 8, device="meta")), ValueError, "k must be on the device of q, cpu, got meta"),
     (dict(causal=1), TypeError, "causal must be a bool, got int"),
+    (dict(causal="no", k=torch.zeros(2, 2, 69, 8)), TypeError, "causal must be a bool, got str"),
     (dict(normalize=None), TypeError, "normalize must be a bool, got NoneType"),
     (dict(return_state="yes"), TypeError, "return_state must be a bool, got str"),
     (dict(kind="softmax"), ValueError, "kind must be one of 'positive', 'hyperbolic', "),
     (dict(omega=None), ValueError, "omega must be given for kind 'positive', got None"),
     (dict(kind="features"), ValueError, "omega must be None for kind 'features', got (12, 8)"),
+    (dict(kind="features", omega=[1.0]), ValueError, "omega must be None for kind 'features', got [1.0]"),
     (dict(omega=torch.zeros(12, 7)), ValueError, "omega must have shape (M, D) or (Hk, M, D) with Hk=2, D=8, got"),
     (dict(omega=torch.zeros(12, 8).int()), ValueError, "omega must have dtype"),
     (dict(omega=torch.zeros(12, 8, device="meta")), ValueError, "omega must be on the device of q, cpu, got meta"),
@@ -787,6 +790,7 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(scale="small"), TypeError, "scale must be a float or int or SymFloat, got str"),
     (dict(eps="small"), TypeError, "eps must be a float or int, got str"),
     (dict(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
+    (dict(eps=float("nan")), ValueError, "eps must be at least 0, got nan"),
     (dict(eps=0.1, kind="trigonometric"), ValueError, "eps must be 0 for kind 'trigonometric', got 0.1"),
     (dict(a=0.1), ValueError, "a must be None for kind 'positive', got 0.1"),
     (dict(kind="oprf"), ValueError, "a must be given for kind 'oprf', got None"),
@@ -841,10 +845,20 @@ def test_bad_states(field: str, value: Tensor, message: str) -> None:
 
 
 @pytest.mark.parametrize("argument", ("q", "k", "v"))
-def test_bad_steps(argument: str) -> None:
+@pytest.mark.parametrize("shape", ((3,), (3, 3, 3)))
+def test_bad_steps(argument: str, shape: tuple[int, ...]) -> None:
     one = {n: x[:, :, 0] for n, x in inputs(dtype=torch.float32).items() if n in ("q", "k", "v")}
-    with pytest.raises(ValueError, match=rf"linear_attention_step: {argument} must have shape"):
-        linear_attention_step(**one | {argument: torch.zeros(3)}, omega=torch.zeros(12, 8))
+    blamed = "k" if argument == "q" and len(shape) == 3 else argument
+    with pytest.raises(ValueError, match=rf"linear_attention_step: {blamed} must have shape"):
+        linear_attention_step(**one | {argument: torch.zeros(shape)}, omega=torch.zeros(12, 8))
+
+
+@pytest.mark.parametrize("argument", ("q", "k"))
+def test_autocast_leaves_float64(argument: str) -> None:
+    one = inputs(dtype=torch.float32)
+    one[argument] = one[argument].double()
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="linear_attention: k must have dtype"):
+        linear_attention(**one)
 
 
 @pytest.mark.parametrize(
