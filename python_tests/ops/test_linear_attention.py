@@ -82,7 +82,7 @@ def written_out(
         weights = weights.masked_fill(~mask[:, None, None], 0)
     if normalize:
         total = weights.sum(-1, keepdim=True)
-        weights = weights / total.masked_fill(total == 0, 1)
+        weights = weights / total.masked_fill(total == 0, math.inf)
     return weights @ v.repeat_interleave(groups, 1)
 
 
@@ -139,6 +139,27 @@ def test_relu_rows_without_weights_give_zeros(device: torch.device, backend: str
     y = linear_attention(**one, backend=backend)
     assert not y[:, :, 2].any() and y.isfinite().all()
     assert torch.autograd.grad(y.sum(), one["q"])[0].isfinite().all()
+
+
+@CAUSAL
+def test_weights_that_cancel_give_zeros(device: torch.device, backend: str, causal: bool) -> None:
+    """Rows whose weights, of both signs, sum to 0, and no gradient to what they weigh."""
+    q, k, v = (torch.tensor(x, device=device).reshape(1, 1, 2, 1) for x in ([1.0, 1.0], [1.0, -1.0], [1.0, 3.0]))
+    v.requires_grad_()
+    y = linear_attention(q, k, v, kind="features", causal=causal, backend=backend)
+    assert y.flatten().tolist() == [1.0 if causal else 0.0, 0.0]
+    (dv,) = torch.autograd.grad(y.sum(), v)
+    assert dv.flatten().tolist() == [1.0 if causal else 0.0, 0.0]
+
+
+@CAUSAL
+def test_results_bear_changes_in_place(device: torch.device, backend: str, causal: bool) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device, dtype=torch.float32)
+    one["q"].requires_grad_()
+    y = linear_attention(**one, causal=causal, backend=backend)
+    y += 1
+    y.sum().backward()
 
 
 # The stabiliser: SPEC 4.9.7 and 4.9.10 -------------------------------------------------------------------------------
@@ -766,6 +787,11 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(q=torch.zeros(2, 4, 70, 0)), ValueError, "q must have D > 0, got (2, 4, 70, 0)"),
     (dict(k=torch.zeros(2, 2, 70, 7)), ValueError, "k must have shape (B, Hk, S, D) with B=2, D=8, got (2, 2, 70, 7)"),
     (dict(k=torch.zeros(2, 3, 70, 8)), ValueError, "k must have a number of heads that divides H=4, got 3"),
+    (
+        dict(q=torch.zeros(2, 0, 70, 8), k=torch.zeros(2, 0, 70, 8)),
+        ValueError,
+        "k must have a number of heads that divides H=0, got 0",
+    ),
     (
         dict(k=torch.zeros(2, 2, 69, 8), causal=True),
         ValueError,

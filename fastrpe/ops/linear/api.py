@@ -122,7 +122,7 @@ def linear_attention(
     if not isinstance(k, Tensor) or len(shape := k.shape) != 4 or shape[0] != B or shape[3] != D:
         raise wrong_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
     _, Hk, S, _ = shape
-    if H != Hk and (Hk == 0 or H % Hk):
+    if Hk == 0 or (H != Hk and H % Hk):
         raise fail(op, "k", f"have a number of heads that divides H={H}", Hk)
     if causal and S != L:
         raise fail(op, "k", f"have as many tokens as q, L={L}, when causal", S)
