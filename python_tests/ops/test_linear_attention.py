@@ -400,6 +400,23 @@ def test_steps_are_the_whole(device: torch.device, backend: str, kind: str) -> N
     assert isinstance(state, State)
 
 
+def test_state_without_values(device: torch.device, backend: str) -> None:
+    """Weights alone: z goes on, and its gradient back, as with values."""
+    skip_slow(backend, device)
+    one = inputs(device=device, L=5)
+    state = state_of(one)
+    found = []
+    for V in (5, 0):
+        z = state.z.clone().requires_grad_()
+        start = State(state.kv[..., :V], z, state.log_scale)
+        options = dict(causal=True, state=start, return_state=True, backend=backend)
+        y, after = linear_attention(**one | {"v": one["v"][..., :V]}, **options)
+        assert y.shape[-1] == V
+        found.append((after.z.detach(), *torch.autograd.grad(after.z.sum(), z)))
+    for some, none in zip(*found):
+        assert_within(none, some, LAW_FLOAT64)
+
+
 def test_zeros_are_no_keys(device: torch.device, backend: str) -> None:
     """A state of zeros, of any scale, is as none at all."""
     skip_slow(backend, device)
