@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_shape, fail
+from ..checks import check_choice, check_shape, check_type, fail
 from ..ops.linear import State, linear_attention
 from .cache import LinearCache
 from .softmax import check_mask
@@ -56,6 +56,7 @@ class Performer(nn.Module):
         self, feature_map: nn.Module, *, order: str = "pre", normalize: bool = True, backend: str | None = None
     ) -> None:
         super().__init__()
+        check_type("Performer", "feature_map", feature_map, nn.Module)
         check_choice("Performer", "order", order, ("pre", "post"))
         if not normalize and order == "post":
             raise fail("Performer", "order", "be 'pre' with normalize=False", repr(order))
@@ -104,6 +105,8 @@ class Performer(nn.Module):
         B, H, L, D = q.shape
         check_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
         S, kind = k.shape[2], getattr(self.feature_map, "kind", None)
+        if cache is not None:
+            check_type(op, "cache", cache, LinearCache)
         keys = _key_mask(mask, (B, H, L, S + (0 if cache is None else cache.length)), S)
         if dropout:
             raise NotImplementedError(f"{op}: dropout must be 0, got {dropout}; Softmax drops weights")

@@ -477,6 +477,11 @@ def test_constructor_errors(features: nn.Module, options: dict[str, Any], messag
         Performer(features, **options)
 
 
+def test_a_feature_map_is_a_module() -> None:
+    with pytest.raises(TypeError, match="^Performer: feature_map must be a Module, got str$"):
+        Performer("relu")
+
+
 POST = Performer(PositiveFeatures(D, 16), order="post")
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 
@@ -537,6 +542,8 @@ QKV = torch.zeros(2, H, 7, D)
         (dict(mask=torch.zeros(7)), NotImplementedError, r"mask must be boolean, .*, got float32 \(7,\); Softmax .*"),
         (dict(mask=torch.ones(6).bool()), ValueError, r"mask must broadcast to \(B, H, L, S\) = .*, got \(6,\)"),
         (dict(mask=torch.ones(7).int()), ValueError, "mask must have dtype bool, .*, got int32"),
+        (dict(mask=[True] * 7), TypeError, "mask must be a Tensor, got list"),
+        (dict(cache=3, causal=True), TypeError, "cache must be a LinearCache, got int"),
     ),
 )
 def test_forward_errors(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
