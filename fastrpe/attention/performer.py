@@ -165,7 +165,7 @@ class Performer(nn.Module):
             turned_q, turned_k = encode(phi_q, phi_k)
             num, first = _attend(turned_q, turned_k, v, keys, causal, states[0], options)
             den, second = _attend(phi_q, phi_k, v.new_ones(*v.shape[:3], 1), keys, causal, states[1], options)
-            return (num / den.masked_fill(den == 0, 1)).to(dtype), (first, second)
+            return (num / den.masked_fill(den == 0, torch.inf)).to(dtype), (first, second)
 
     def extra_repr(self) -> str:
         return f"order={self.order!r}" + ("" if self.normalize else ", normalize=False")

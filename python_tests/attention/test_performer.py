@@ -223,6 +223,16 @@ def test_key_padding(name: str, order: str, causal: bool) -> None:
     assert torch.equal(nobody, a.out_proj.bias.expand_as(nobody))
 
 
+@pytest.mark.parametrize("causal", (False, True))
+def test_post_without_weights_gives_zeros(causal: bool) -> None:
+    """Features that meet no key's may do so once they are turned: what is divided by 0 is 0, and learns nothing."""
+    q, k, v = (torch.tensor(x).reshape(1, 1, 1, 2) for x in ([1.0, 0.0], [0.0, 1.0], [1.0, 2.0]))
+    v.requires_grad_()
+    y = Performer(ReLUFeatures(2, eps=0.0), order="post")(q, k, v, causal=causal, encode=lambda q, k: (q, k.flip(-1)))
+    y.sum().backward()
+    assert not y.any() and not v.grad.any()
+
+
 def test_causal_sees_no_later_token() -> None:
     for name in BOTH:
         for order in ("pre", "post"):
