@@ -110,7 +110,8 @@ class FeatureMap(nn.Module):
             q: queries.
             k: keys; H is a multiple of Hk.
             causal: the features are for causal attention, so no key's may depend on a later one's: keys then have no
-                stabilizer, and float16 overflows for large ones; `fastrpe.ops.linear_attention` has one that is causal.
+                stabilizer, and large ones, in float16 the first, have features that overflow or vanish;
+                `fastrpe.ops.linear_attention` has a stabilizer that is causal.
         """
         self._check(q, k, causal)
         q, k, a = self.prepare(q, k)
