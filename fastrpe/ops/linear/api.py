@@ -31,6 +31,7 @@ class State(NamedTuple):
     """Sums over the keys so far, from which decoding goes on: S = exp(log_scale) kv, and so for z.
 
     In float32 (float64 for float64), without the features' constant. N is B, or the number of packed sequences.
+    Kernels count on a log_scale of 0 where features have no exponents, and one for all trigonometric ones of a head.
     """
 
     kv: Tensor  # (N, Hk, F, V)
