@@ -59,9 +59,11 @@ def register_autograd(
         *inputs, keyset = args
         if keyset is None:
             output = kernel(*inputs)
-        else:
-            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):  # of the levels around this one
+        elif torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # of the levels around this one
                 output = below(keyset, inputs)
+        else:
+            output = below(keyset, inputs)
         if setup is not None:
             setup(ctx, inputs, output)
         return output
