@@ -773,6 +773,22 @@ def test_one_gradient_alone(device: torch.device, backend: str) -> None:
         assert_within(grads(n)[n], together[n], LAW_FLOAT64, name=n)
 
 
+@CAUSAL
+def test_what_hooks_have_saved_is_used(device: torch.device, backend: str, causal: bool) -> None:
+    """A projection drawn anew in place, behind the back of hooks that saved the old one: gradients are of the old."""
+    skip_slow(backend, device)
+    on_gpu = backend == "native" and device.type == "cuda"
+    sizes, dtype = ((64, 64, 64), torch.bfloat16) if on_gpu else ((3, 2, 4), torch.float32)
+    one = inputs(2, 2, 1, 70, *sizes, device=device, dtype=dtype)
+    omega = one["omega"] = one["omega"].float()
+    one["q"].requires_grad_()
+    (expected,) = torch.autograd.grad(linear_attention(**one, causal=causal, backend=backend).sum(), one["q"])
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        y = linear_attention(**one, causal=causal, backend=backend)
+    omega.mul_(2)
+    assert_bitwise(torch.autograd.grad(y.sum(), one["q"])[0], expected)
+
+
 def test_second_derivatives_are_refused(device: torch.device, backend: str) -> None:
     one = inputs(1, 1, 1, 3, 2, 2, 2, device=device, dtype=torch.float32)
     q = one["q"].requires_grad_()
