@@ -955,6 +955,12 @@ void check_state(const char* op, const Shape& s, const std::optional<Tensor>& kv
   }
 }
 
+void check_whole(const char* op, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
+                 const std::optional<Tensor>& log_scale) {
+  STD_TORCH_CHECK(kv.has_value() == z.has_value() && kv.has_value() == log_scale.has_value(), op,
+                  ": kv, z and log_scale must be given together");
+}
+
 void zero(Tensor& x) {
   std::memset(x.mutable_data_ptr(), 0, x.numel() * x.element_size());
 }
@@ -970,6 +976,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cpu(
   const Kind which = static_cast<Kind>(kind);
   const Shape s = shape_of(op, q, k, v, omega, which, causal, bias, mask, cu_seqlens);
   const ScalarType acc = acc_dtype(q.scalar_type());
+  check_whole(op, kv, z, log_scale);
   check_state(op, s, kv, z, acc);
   check_state(op, s, kv, log_scale, acc);
   Tensor out = new_empty(q, {s.B, s.H, s.L, s.V}, q.scalar_type());
@@ -1011,6 +1018,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   const Kind which = static_cast<Kind>(kind);
   const Shape s = shape_of(op, q, k, v, omega, which, causal, bias, mask, cu_seqlens);
   const ScalarType acc = acc_dtype(q.scalar_type());
+  check_whole(op, kv, z, log_scale);
   check_state(op, s, kv, z, acc);
   check_state(op, s, dkv, dz, acc);
   check_state(op, s, last_kv, last_z, acc);

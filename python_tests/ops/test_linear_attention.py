@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from fastrpe.backend import problem
 from fastrpe.ops.features import random_features
 from fastrpe.ops.linear import State, linear_attention, linear_attention_step
 from fastrpe.testing.asserts import LAW_FLOAT64, ROUNDINGS, assert_accurate, assert_bitwise, assert_same, assert_within
@@ -901,6 +902,16 @@ def test_bad_states(field: str, value: Tensor, message: str) -> None:
     with pytest.raises(ValueError) as raised:
         linear_attention(**one, causal=True, state=state)
     assert str(raised.value).startswith(f"linear_attention: {message}")
+
+
+@pytest.mark.skipif(bool(problem("native", "cpu")), reason="needs the native library")
+@pytest.mark.parametrize("missing", (0, 1, 2))
+def test_a_part_of_a_state_is_not_read(missing: int) -> None:
+    one = inputs(dtype=torch.float32)
+    args = list(arguments_of(one, "native", True, state_of(one)))
+    args[12 + missing] = None
+    with pytest.raises(RuntimeError, match="kv, z and log_scale must be given together"):
+        torch.ops.fastrpe.linear_attention.default(*args)
 
 
 @pytest.mark.parametrize("argument", ("q", "k", "v"))
