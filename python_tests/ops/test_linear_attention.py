@@ -401,6 +401,23 @@ def test_steps_are_the_whole(device: torch.device, backend: str, kind: str) -> N
     assert isinstance(state, State)
 
 
+@pytest.mark.parametrize("kind", ("positive", "relu"))
+def test_state_behind_no_token(device: torch.device, backend: str, kind: str) -> None:
+    """It is the state before, and so are the gradients."""
+    if backend == "native" and device.type == "cuda":
+        pytest.skip("the native kernel has no gradient of a state")
+    one = inputs(L=5, kind=kind, device=device, dtype=torch.float32)
+    kv, z, log_scale = state_of(one)
+    none = one | {n: one[n][:, :, :0] for n in "qkv"}
+    start = State(kv.requires_grad_(), z.requires_grad_(), log_scale)
+    y, after = linear_attention(**none, causal=True, state=start, return_state=True, backend=backend)
+    bar = LINEAR_ATTENTION[torch.float32]
+    assert_within(after.kv * after.log_scale.exp().unsqueeze(-1), kv * log_scale.exp().unsqueeze(-1), bar)
+    for outputs, expected in (((after.kv * 3).sum() + after.z.sum(), (3.0, 1.0)), (y.sum(), (0.0, 0.0))):
+        for gradient, value in zip(torch.autograd.grad(outputs, (kv, z), retain_graph=True), expected):
+            assert_within(gradient, torch.full_like(gradient, value), bar)
+
+
 def test_state_without_values(device: torch.device, backend: str) -> None:
     """Weights alone: z goes on, and its gradient back, as with values."""
     skip_slow(backend, device)
