@@ -304,7 +304,7 @@ struct Problem {
   View<const T> q, k, v;
   const bool* mask;
   bool normalize;
-  const A *kv0, *z0, *c0;  // the state before the first key, or null
+  const A *kv0, *z0, *c0;  // the state before the first key, or null; kv0 also where V is 0
   int64_t lv;
 
   const Map<A>& map(int64_t head) const {
@@ -485,7 +485,7 @@ std::vector<Sums<A>> starts_of(const Problem<T>& p, const Cut& cut) {
   for_each(s.N * s.Hk, [&](int64_t i) {
     Sums<A>* start = starts.data() + i * cut.spans;
     const Map<A>& map = p.map(i % s.Hk);
-    if (p.kv0) {
+    if (p.z0) {
       start->kv = padded_rows<A>(p.kv0 + i * s.F * s.V, s.F, s.V, p.lv);
       start->z = padded_rows<A>(p.z0 + i * s.F, 1, s.F, map.lf);
       start->take(map, p.c0 + i * s.F);
@@ -844,7 +844,7 @@ void causal_keys_bwd(const Problem<T>& p, Gradients<T>& g, int64_t i, Span span,
     store(g.dv, at.batch, head, row, n, s.V, dvalues.data(), lv, A(1), static_cast<const A*>(nullptr));
     key.backward(d.data(), g.dk, at.batch, head, row, n, part);
   }
-  if (p.kv0 && span.first == 0) {
+  if (p.z0 && span.first == 0) {
     std::vector<A> c0(lf, A(0));
     if (map.has_exponent()) {
       std::copy(p.c0 + i * s.F, p.c0 + (i + 1) * s.F, c0.data());
@@ -955,6 +955,12 @@ void check_state(const char* op, const Shape& s, const std::optional<Tensor>& kv
   }
 }
 
+void check_whole(const char* op, const std::optional<Tensor>& kv, const std::optional<Tensor>& z,
+                 const std::optional<Tensor>& log_scale) {
+  STD_TORCH_CHECK(kv.has_value() == z.has_value() && kv.has_value() == log_scale.has_value(), op,
+                  ": kv, z and log_scale must be given together");
+}
+
 void zero(Tensor& x) {
   std::memset(x.mutable_data_ptr(), 0, x.numel() * x.element_size());
 }
@@ -970,6 +976,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cpu(
   const Kind which = static_cast<Kind>(kind);
   const Shape s = shape_of(op, q, k, v, omega, which, causal, bias, mask, cu_seqlens);
   const ScalarType acc = acc_dtype(q.scalar_type());
+  check_whole(op, kv, z, log_scale);
   check_state(op, s, kv, z, acc);
   check_state(op, s, kv, log_scale, acc);
   Tensor out = new_empty(q, {s.B, s.H, s.L, s.V}, q.scalar_type());
@@ -1011,6 +1018,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   const Kind which = static_cast<Kind>(kind);
   const Shape s = shape_of(op, q, k, v, omega, which, causal, bias, mask, cu_seqlens);
   const ScalarType acc = acc_dtype(q.scalar_type());
+  check_whole(op, kv, z, log_scale);
   check_state(op, s, kv, z, acc);
   check_state(op, s, dkv, dz, acc);
   check_state(op, s, last_kv, last_z, acc);

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_shape, fail
+from ..checks import check_choice, check_shape, check_type, fail
 from ..ops.linear import State, linear_attention
 from .cache import LinearCache
 from .softmax import check_mask
@@ -59,6 +59,7 @@ class Performer(nn.Module):
         self, feature_map: nn.Module, *, order: str = "pre", normalize: bool = True, backend: str | None = None
     ) -> None:
         super().__init__()
+        check_type("Performer", "feature_map", feature_map, nn.Module)
         check_choice("Performer", "order", order, ("pre", "post"))
         if not normalize and order == "post":
             raise fail("Performer", "order", "be 'pre' with normalize=False", repr(order))
@@ -115,6 +116,8 @@ class Performer(nn.Module):
         B, H, L, D = q.shape
         check_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
         S, kind = k.shape[2], getattr(self.feature_map, "kind", None)
+        if cache is not None:
+            check_type(op, "cache", cache, LinearCache)
         keys = _key_mask(mask, (B, H, L, S + (0 if cache is None else cache.length)), S)
         if dropout:
             raise NotImplementedError(f"{op}: dropout must be 0, got {dropout}; Softmax drops weights")
@@ -173,7 +176,7 @@ class Performer(nn.Module):
             turned_q, turned_k = encode(phi_q, phi_k)
             num, first = _attend(turned_q, turned_k, v, keys, causal, states[0], options)
             den, second = _attend(phi_q, phi_k, v.new_ones(*v.shape[:3], 1), keys, causal, states[1], options)
-            return (num / den.masked_fill(den == 0, 1)).to(dtype), (first, second)
+            return (num / den.masked_fill(den == 0, torch.inf)).to(dtype), (first, second)
 
     def extra_repr(self) -> str:
         return f"order={self.order!r}" + ("" if self.normalize else ", normalize=False")

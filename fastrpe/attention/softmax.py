@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import FLOATS, check_dtype, check_shape, fail
+from ..checks import FLOATS, check_dtype, check_shape, check_type, fail
 
 
 class Softmax(nn.Module):
@@ -83,6 +83,7 @@ class Softmax(nn.Module):
 
 def check_mask(op: str, mask: Tensor, sizes: tuple[int, int, int, int]) -> None:
     """Check that a mask is boolean or floating and broadcasts to ``sizes``, (B, H, L, S)."""
+    check_type(op, "mask", mask, Tensor)
     check_dtype(op, "mask", mask, (torch.bool, *FLOATS))
     if mask.dim() > 4 or any(n not in (1, size) for n, size in zip(mask.shape[::-1], sizes[::-1])):
         raise fail(op, "mask", f"broadcast to (B, H, L, S) = {tuple(sizes)}", tuple(mask.shape))

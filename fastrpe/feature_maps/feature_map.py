@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_shape, fail
+from ..checks import check_choice, check_shape, check_type, fail
 from ..ops import random_features
+from ..ops.features.reference import WITHOUT_OMEGA
 from .projections import PROJECTIONS, precondition
 
 DEFAULT = -1  # num_features: int(D log D)
@@ -64,12 +65,28 @@ class FeatureMap(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if num_features == DEFAULT:
-            num_features = max(1, int(head_dim * math.log(max(head_dim, 1))))
-        for argument, value in (("head_dim", head_dim), ("num_features", num_features), ("num_heads", num_heads)):
-            if value is not None and value < 1:
-                raise fail(name, argument, "be a positive integer", value)
+        check_positive(name, "head_dim", head_dim)
+        if num_features is None:
+            if self.kind not in (None, *WITHOUT_OMEGA):
+                raise fail(name, "num_features", f"be given for kind {self.kind!r}", None)
+        elif num_features == DEFAULT:
+            num_features = max(1, int(head_dim * math.log(head_dim)))
+        else:
+            check_positive(name, "num_features", num_features)
+        if num_heads is not None:
+            check_positive(name, "num_heads", num_heads)
         check_choice(name, "projection", projection, PROJECTIONS)
+        for argument, value, types in (
+            ("scale", scale, (float, int)),
+            ("eps", eps, (float, int)),
+            ("redraw_every", redraw_every, (int,)),
+            ("seed", seed, (int,)),
+            ("generator", generator, (torch.Generator,)),
+        ):
+            if value is not None or argument in ("eps", "redraw_every"):
+                check_type(name, argument, value, *types)
+        if not eps >= 0 or (eps and self.kind == "trigonometric"):  # a NaN neither
+            raise fail(name, "eps", "be 0" if eps > 0 else "be at least 0", eps)
         if redraw_every < 0:
             raise fail(name, "redraw_every", "be at least 0", redraw_every)
         self.head_dim, self.num_features, self.num_heads = head_dim, num_features, num_heads
@@ -96,7 +113,8 @@ class FeatureMap(nn.Module):
             q: queries, ``(B, H, L, D)``.
             k: keys, ``(B, Hk, S, D)``; H is a multiple of Hk.
             causal: the features are for causal attention, so no key's may depend on a later one's: keys then have no
-                stabilizer, and float16 overflows for large ones; `fastrpe.ops.linear_attention` has one that is causal.
+                stabilizer, and large ones, in float16 the first, have features that overflow or vanish;
+                `fastrpe.ops.linear_attention` has a stabilizer that is causal.
 
         Returns:
             ``(phi_q, phi_k)``, ``(B, H, L, F)`` and ``(B, Hk, S, F)`` of the dtype of q and k, computed as by
@@ -192,6 +210,11 @@ class FeatureMap(nn.Module):
         parts += [f"{n}={v}" for n in ("num_heads", "scale", "seed") if (v := getattr(self, n)) is not None]
         parts += [f"{n}={v}" for n in ("preconditioned", "eps", "redraw_every") if (v := getattr(self, n))]
         return ", ".join(parts)
+
+
+def check_positive(name: str, argument: str, value: Any) -> None:
+    if not (isinstance(value, int) and value >= 1):
+        raise fail(name, argument, "be a positive integer", repr(value))
 
 
 def step(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check_choice, fail
 from ..ops import random_features
-from .feature_map import DEFAULT, FeatureMap
+from .feature_map import DEFAULT, FeatureMap, check_positive
 
 
 class HybridFeatures(FeatureMap):
@@ -49,8 +49,9 @@ class HybridFeatures(FeatureMap):
     ) -> None:
         name = type(self).__name__
         check_choice(name, "positive", positive, ("hyperbolic", "positive"))
-        if num_angles < 1:
-            raise fail(name, "num_angles", "be a positive integer", num_angles)
+        check_positive(name, "num_angles", num_angles)
+        if num_features != DEFAULT:
+            check_positive(name, "num_features", num_features)
         if options.get("eps"):
             raise fail(name, "eps", "be 0", options["eps"])
         self._size = num_angles, head_dim

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, fail
-from .feature_map import FeatureMap
+from .feature_map import FeatureMap, check_positive
 
 
 class LearnableFeatures(FeatureMap):
@@ -61,9 +61,9 @@ class LearnableFeatures(FeatureMap):
         name = type(self).__name__
         check_choice(name, "form", form, ("projection", "polynomial", "mlp"))
         check_choice(name, "base", base, ("relu", "exp"))
-        for argument, value in (("degree", degree), ("hidden", hidden)):
-            if value is not None and value < 1:
-                raise fail(name, argument, "be a positive integer", value)
+        check_positive(name, "degree", degree)
+        if hidden is not None:
+            check_positive(name, "hidden", hidden)
         if options.get("redraw_every"):
             raise fail(name, "redraw_every", "be 0: its projection is learned", options["redraw_every"])
         self.form, self.base = form, base

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_type, fail
 from .feature_map import FeatureMap
 
 
@@ -55,8 +55,11 @@ class OPRFFeatures(FeatureMap):
     kind = "oprf"
 
     def __init__(self, head_dim: int, *args: Any, a: float | None = None, **options: Any) -> None:
-        if a is not None and not a < 1 / 8:
-            raise fail(type(self).__name__, "a", "be less than 1/8", a)
+        if a is not None:
+            name = type(self).__name__
+            check_type(name, "a", a, float, int)
+            if not a < 1 / 8:
+                raise fail(name, "a", "be less than 1/8", a)
         super().__init__(head_dim, *args, **options)
         self.a = a
 

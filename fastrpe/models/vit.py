@@ -88,6 +88,12 @@ class ViTConfig:
             options = getattr(self, f"{name}_options")
             if options and choice not in known:
                 raise fail("ViTConfig", f"{name}_options", f"be empty for {name} {choice!r}", options)
+        for name in ("image_size", "patch_size", "channels", "classes", "dim", "depth", "heads", "registers"):
+            least, size = int(name != "registers"), getattr(self, name)
+            if size < least:
+                raise fail("ViTConfig", name, f"be at least {least}", size)
+        if not 0 <= self.drop_path < 1:  # what is kept is divided by the rest
+            raise fail("ViTConfig", "drop_path", "be at least 0 and less than 1", self.drop_path)
         if self.dim % self.heads:
             raise fail("ViTConfig", "dim", f"be a multiple of heads={self.heads}", self.dim)
         if self.image_size % self.patch_size:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -56,7 +57,13 @@ def register_autograd(
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
-        output = kernel(*inputs) if keyset is None else below(keyset, inputs)
+        if keyset is None:
+            output = kernel(*inputs)
+        elif torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # of the levels around this one
+                output = below(keyset, inputs)
+        else:
+            output = below(keyset, inputs)
         if setup is not None:
             setup(ctx, inputs, output)
         return output
@@ -73,6 +80,9 @@ def register_autograd(
         ):
             raise NotImplementedError(f"{name}: inputs must have no forward-mode tangents, got one; use reverse mode")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if torch._C._are_functorch_transforms_active():  # a level of torch.func has come here by itself
+                with enable_single_level_autograd_function():
+                    return apply(*args, keyset)
             return Function.apply(*args, keyset)
         return below(keyset, args)
 

@@ -223,6 +223,16 @@ def test_key_padding(name: str, order: str, causal: bool) -> None:
     assert torch.equal(nobody, a.out_proj.bias.expand_as(nobody))
 
 
+@pytest.mark.parametrize("causal", (False, True))
+def test_post_without_weights_gives_zeros(causal: bool) -> None:
+    """Features that meet no key's may do so once they are turned: what is divided by 0 is 0, and learns nothing."""
+    q, k, v = (torch.tensor(x).reshape(1, 1, 1, 2) for x in ([1.0, 0.0], [0.0, 1.0], [1.0, 2.0]))
+    v.requires_grad_()
+    y = Performer(ReLUFeatures(2, eps=0.0), order="post")(q, k, v, causal=causal, encode=lambda q, k: (q, k.flip(-1)))
+    y.sum().backward()
+    assert not y.any() and not v.grad.any()
+
+
 def test_causal_sees_no_later_token() -> None:
     for name in BOTH:
         for order in ("pre", "post"):
@@ -477,6 +487,11 @@ def test_constructor_errors(features: nn.Module, options: dict[str, Any], messag
         Performer(features, **options)
 
 
+def test_a_feature_map_is_a_module() -> None:
+    with pytest.raises(TypeError, match="^Performer: feature_map must be a Module, got str$"):
+        Performer("relu")
+
+
 POST = Performer(PositiveFeatures(D, 16), order="post")
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 
@@ -537,6 +552,8 @@ QKV = torch.zeros(2, H, 7, D)
         (dict(mask=torch.zeros(7)), NotImplementedError, r"mask must be boolean, .*, got float32 \(7,\); Softmax .*"),
         (dict(mask=torch.ones(6).bool()), ValueError, r"mask must broadcast to \(B, H, L, S\) = .*, got \(6,\)"),
         (dict(mask=torch.ones(7).int()), ValueError, "mask must have dtype bool, .*, got int32"),
+        (dict(mask=[True] * 7), TypeError, "mask must be a Tensor, got list"),
+        (dict(cache=3, causal=True), TypeError, "cache must be a LinearCache, got int"),
     ),
 )
 def test_forward_errors(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:

@@ -413,6 +413,15 @@ def test_repr() -> None:
         (lambda: PositiveFeatures(0, 4), "PositiveFeatures: head_dim must be a positive integer, got 0"),
         (lambda: PositiveFeatures(8, 0), "PositiveFeatures: num_features must be a positive integer, got 0"),
         (lambda: PositiveFeatures(8, 4, num_heads=0), "PositiveFeatures: num_heads must be a positive integer, got 0"),
+        (lambda: PositiveFeatures("8"), "PositiveFeatures: head_dim must be a positive integer, got '8'"),
+        (lambda: PositiveFeatures(8, 1.5), "PositiveFeatures: num_features must be a positive integer, got 1.5"),
+        (
+            lambda: PositiveFeatures(8, None),
+            "PositiveFeatures: num_features must be given for kind 'positive', got None",
+        ),
+        (lambda: HybridFeatures(8, None), "HybridFeatures: num_features must be a positive integer, got None"),
+        (lambda: PositiveFeatures(8, 4, eps=-0.1), "PositiveFeatures: eps must be at least 0, got -0.1"),
+        (lambda: TrigonometricFeatures(8, 4, eps=0.1), "TrigonometricFeatures: eps must be 0, got 0.1"),
         (
             lambda: PositiveFeatures(8, 4, projection="haar"),
             "PositiveFeatures: projection must be one of 'gaussian', 'orthogonal', 'simplex', 'rademacher', "
@@ -470,3 +479,20 @@ def test_bad_arguments_raise(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         call()
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "types"),
+    (
+        ("scale", "1", "float or int"),
+        ("eps", None, "float or int"),
+        ("redraw_every", 0.5, "int"),
+        ("seed", 1.5, "int"),
+        ("generator", 3, "Generator"),
+        ("a", "best", "float or int"),
+    ),
+)
+def test_wrong_types_raise(argument: str, value: Any, types: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        OPRFFeatures(8, 4, **{argument: value})
+    assert str(raised.value) == f"OPRFFeatures: {argument} must be a {types}, got {type(value).__name__}"

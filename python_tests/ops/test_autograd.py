@@ -102,6 +102,23 @@ def test_inference_mode(name: str) -> None:
     assert_bitwise(y, CALLS[name](q, w))
 
 
+@each
+def test_torch_func(name: str) -> None:
+    """grad, and vmap of it for the gradients of each of several inputs; a second derivative never is a silent zero."""
+    q, w = inputs()
+    batch = torch.stack((q, -q, 2 * q)).requires_grad_()
+
+    def loss(q: Tensor) -> Tensor:
+        return CALLS[name](q, w).square().sum()
+
+    expected = torch.autograd.grad(torch.stack([loss(x) for x in batch]).sum(), batch)[0]
+    assert_bitwise(torch.func.grad(loss)(q), expected[0])
+    assert_bitwise(torch.func.vmap(torch.func.grad(loss))(batch.detach()), expected)
+    if name != "rotate":
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(q)
+
+
 def test_is_plain() -> None:
     class Calls(TorchFunctionMode):
         def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

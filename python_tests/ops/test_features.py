@@ -332,6 +332,7 @@ X, W = torch.zeros(2, 3, 5, 4), torch.zeros(6, 4)
         (dict(scale="big"), TypeError, "scale must be a float or int, got str"),
         (dict(eps="big"), TypeError, "eps must be a float or int, got str"),
         (dict(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
+        (dict(eps=float("nan")), ValueError, "eps must be at least 0, got nan"),
         (dict(kind="trigonometric", eps=0.1), ValueError, "eps must be 0 for kind 'trigonometric', got 0.1"),
         (dict(a=-0.1), ValueError, "a must be None for kind 'positive', got -0.1"),
         (dict(kind="oprf"), ValueError, "a must be given for kind 'oprf', got None"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from fastrpe.backend import problem
 from fastrpe.ops.features import random_features
 from fastrpe.ops.linear import State, linear_attention, linear_attention_step
 from fastrpe.testing.asserts import LAW_FLOAT64, ROUNDINGS, assert_accurate, assert_bitwise, assert_same, assert_within
@@ -82,7 +83,7 @@ def written_out(
         weights = weights.masked_fill(~mask[:, None, None], 0)
     if normalize:
         total = weights.sum(-1, keepdim=True)
-        weights = weights / total.masked_fill(total == 0, 1)
+        weights = weights / total.masked_fill(total == 0, math.inf)
     return weights @ v.repeat_interleave(groups, 1)
 
 
@@ -139,6 +140,27 @@ def test_relu_rows_without_weights_give_zeros(device: torch.device, backend: str
     y = linear_attention(**one, backend=backend)
     assert not y[:, :, 2].any() and y.isfinite().all()
     assert torch.autograd.grad(y.sum(), one["q"])[0].isfinite().all()
+
+
+@CAUSAL
+def test_weights_that_cancel_give_zeros(device: torch.device, backend: str, causal: bool) -> None:
+    """Rows whose weights, of both signs, sum to 0, and no gradient to what they weigh."""
+    q, k, v = (torch.tensor(x, device=device).reshape(1, 1, 2, 1) for x in ([1.0, 1.0], [1.0, -1.0], [1.0, 3.0]))
+    v.requires_grad_()
+    y = linear_attention(q, k, v, kind="features", causal=causal, backend=backend)
+    assert y.flatten().tolist() == [1.0 if causal else 0.0, 0.0]
+    (dv,) = torch.autograd.grad(y.sum(), v)
+    assert dv.flatten().tolist() == [1.0 if causal else 0.0, 0.0]
+
+
+@CAUSAL
+def test_results_bear_changes_in_place(device: torch.device, backend: str, causal: bool) -> None:
+    skip_slow(backend, device)
+    one = inputs(device=device, dtype=torch.float32)
+    one["q"].requires_grad_()
+    y = linear_attention(**one, causal=causal, backend=backend)
+    y += 1
+    y.sum().backward()
 
 
 # The stabiliser: SPEC 4.9.7 and 4.9.10 -------------------------------------------------------------------------------
@@ -377,6 +399,40 @@ def test_steps_are_the_whole(device: torch.device, backend: str, kind: str) -> N
         y, state = linear_attention_step(q, k, v, state, **rest, backend=backend)
         assert_within(y, expected[:, :, i], LAW_FLOAT64)
     assert isinstance(state, State)
+
+
+@pytest.mark.parametrize("kind", ("positive", "relu"))
+def test_state_behind_no_token(device: torch.device, backend: str, kind: str) -> None:
+    """It is the state before, and so are the gradients."""
+    if backend == "native" and device.type == "cuda":
+        pytest.skip("the native kernel has no gradient of a state")
+    one = inputs(L=5, kind=kind, device=device, dtype=torch.float32)
+    kv, z, log_scale = state_of(one)
+    none = one | {n: one[n][:, :, :0] for n in "qkv"}
+    start = State(kv.requires_grad_(), z.requires_grad_(), log_scale)
+    y, after = linear_attention(**none, causal=True, state=start, return_state=True, backend=backend)
+    bar = LINEAR_ATTENTION[torch.float32]
+    assert_within(after.kv * after.log_scale.exp().unsqueeze(-1), kv * log_scale.exp().unsqueeze(-1), bar)
+    for outputs, expected in (((after.kv * 3).sum() + after.z.sum(), (3.0, 1.0)), (y.sum(), (0.0, 0.0))):
+        for gradient, value in zip(torch.autograd.grad(outputs, (kv, z), retain_graph=True), expected):
+            assert_within(gradient, torch.full_like(gradient, value), bar)
+
+
+def test_state_without_values(device: torch.device, backend: str) -> None:
+    """Weights alone: z goes on, and its gradient back, as with values."""
+    skip_slow(backend, device)
+    one = inputs(device=device, L=5)
+    state = state_of(one)
+    found = []
+    for V in (5, 0):
+        z = state.z.clone().requires_grad_()
+        start = State(state.kv[..., :V], z, state.log_scale)
+        options = dict(causal=True, state=start, return_state=True, backend=backend)
+        y, after = linear_attention(**one | {"v": one["v"][..., :V]}, **options)
+        assert y.shape[-1] == V
+        found.append((after.z.detach(), *torch.autograd.grad(after.z.sum(), z)))
+    for some, none in zip(*found):
+        assert_within(none, some, LAW_FLOAT64)
 
 
 def test_zeros_are_no_keys(device: torch.device, backend: str) -> None:
@@ -735,6 +791,22 @@ def test_one_gradient_alone(device: torch.device, backend: str) -> None:
         assert_within(grads(n)[n], together[n], LAW_FLOAT64, name=n)
 
 
+@CAUSAL
+def test_what_hooks_have_saved_is_used(device: torch.device, backend: str, causal: bool) -> None:
+    """A projection drawn anew in place, behind the back of hooks that saved the old one: gradients are of the old."""
+    skip_slow(backend, device)
+    on_gpu = backend == "native" and device.type == "cuda"
+    sizes, dtype = ((64, 64, 64), torch.bfloat16) if on_gpu else ((3, 2, 4), torch.float32)
+    one = inputs(2, 2, 1, 70, *sizes, device=device, dtype=dtype)
+    omega = one["omega"] = one["omega"].float()
+    one["q"].requires_grad_()
+    (expected,) = torch.autograd.grad(linear_attention(**one, causal=causal, backend=backend).sum(), one["q"])
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        y = linear_attention(**one, causal=causal, backend=backend)
+    omega.mul_(2)
+    assert_bitwise(torch.autograd.grad(y.sum(), one["q"])[0], expected)
+
+
 def test_second_derivatives_are_refused(device: torch.device, backend: str) -> None:
     one = inputs(1, 1, 1, 3, 2, 2, 2, device=device, dtype=torch.float32)
     q = one["q"].requires_grad_()
@@ -763,8 +835,14 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(q=1), TypeError, "q must be a Tensor, got int"),
     (dict(q=torch.zeros(2, 4, 8)), ValueError, "q must have shape (B, H, L, D), got (2, 4, 8)"),
     (dict(q=torch.zeros(2, 4, 70, 8).int()), ValueError, "q must have dtype float16, bfloat16, float32, float64, got"),
+    (dict(q=torch.zeros(2, 4, 70, 0)), ValueError, "q must have D > 0, got (2, 4, 70, 0)"),
     (dict(k=torch.zeros(2, 2, 70, 7)), ValueError, "k must have shape (B, Hk, S, D) with B=2, D=8, got (2, 2, 70, 7)"),
     (dict(k=torch.zeros(2, 3, 70, 8)), ValueError, "k must have a number of heads that divides H=4, got 3"),
+    (
+        dict(q=torch.zeros(2, 0, 70, 8), k=torch.zeros(2, 0, 70, 8)),
+        ValueError,
+        "k must have a number of heads that divides H=0, got 0",
+    ),
     (
         dict(k=torch.zeros(2, 2, 69, 8), causal=True),
         ValueError,
@@ -774,11 +852,13 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(v=torch.zeros(2, 2, 70, 5).half()), ValueError, "v must have dtype float32, got float16"),
     (dict(k=torch.zeros(2, 2, 70, 8, device="meta")), ValueError, "k must be on the device of q, cpu, got meta"),
     (dict(causal=1), TypeError, "causal must be a bool, got int"),
+    (dict(causal="no", k=torch.zeros(2, 2, 69, 8)), TypeError, "causal must be a bool, got str"),
     (dict(normalize=None), TypeError, "normalize must be a bool, got NoneType"),
     (dict(return_state="yes"), TypeError, "return_state must be a bool, got str"),
     (dict(kind="softmax"), ValueError, "kind must be one of 'positive', 'hyperbolic', "),
     (dict(omega=None), ValueError, "omega must be given for kind 'positive', got None"),
     (dict(kind="features"), ValueError, "omega must be None for kind 'features', got (12, 8)"),
+    (dict(kind="features", omega=[1.0]), ValueError, "omega must be None for kind 'features', got [1.0]"),
     (dict(omega=torch.zeros(12, 7)), ValueError, "omega must have shape (M, D) or (Hk, M, D) with Hk=2, D=8, got"),
     (dict(omega=torch.zeros(12, 8).int()), ValueError, "omega must have dtype"),
     (dict(omega=torch.zeros(12, 8, device="meta")), ValueError, "omega must be on the device of q, cpu, got meta"),
@@ -787,6 +867,7 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (dict(scale="small"), TypeError, "scale must be a float or int or SymFloat, got str"),
     (dict(eps="small"), TypeError, "eps must be a float or int, got str"),
     (dict(eps=-1.0), ValueError, "eps must be at least 0, got -1.0"),
+    (dict(eps=float("nan")), ValueError, "eps must be at least 0, got nan"),
     (dict(eps=0.1, kind="trigonometric"), ValueError, "eps must be 0 for kind 'trigonometric', got 0.1"),
     (dict(a=0.1), ValueError, "a must be None for kind 'positive', got 0.1"),
     (dict(kind="oprf"), ValueError, "a must be given for kind 'oprf', got None"),
@@ -840,11 +921,31 @@ def test_bad_states(field: str, value: Tensor, message: str) -> None:
     assert str(raised.value).startswith(f"linear_attention: {message}")
 
 
+@pytest.mark.skipif(bool(problem("native", "cpu")), reason="needs the native library")
+@pytest.mark.parametrize("missing", (0, 1, 2))
+def test_a_part_of_a_state_is_not_read(missing: int) -> None:
+    one = inputs(dtype=torch.float32)
+    args = list(arguments_of(one, "native", True, state_of(one)))
+    args[12 + missing] = None
+    with pytest.raises(RuntimeError, match="kv, z and log_scale must be given together"):
+        torch.ops.fastrpe.linear_attention.default(*args)
+
+
 @pytest.mark.parametrize("argument", ("q", "k", "v"))
-def test_bad_steps(argument: str) -> None:
+@pytest.mark.parametrize("shape", ((3,), (3, 3, 3)))
+def test_bad_steps(argument: str, shape: tuple[int, ...]) -> None:
     one = {n: x[:, :, 0] for n, x in inputs(dtype=torch.float32).items() if n in ("q", "k", "v")}
-    with pytest.raises(ValueError, match=rf"linear_attention_step: {argument} must have shape"):
-        linear_attention_step(**one | {argument: torch.zeros(3)}, omega=torch.zeros(12, 8))
+    blamed = "k" if argument == "q" and len(shape) == 3 else argument
+    with pytest.raises(ValueError, match=rf"linear_attention_step: {blamed} must have shape"):
+        linear_attention_step(**one | {argument: torch.zeros(shape)}, omega=torch.zeros(12, 8))
+
+
+@pytest.mark.parametrize("argument", ("q", "k"))
+def test_autocast_leaves_float64(argument: str) -> None:
+    one = inputs(dtype=torch.float32)
+    one[argument] = one[argument].double()
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="linear_attention: k must have dtype"):
+        linear_attention(**one)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def random_features(
     if scale is not None:
         check_type(op, "scale", scale, float, int)
     check_type(op, "eps", eps, float, int)
-    if eps < 0 or (eps and kind == "trigonometric"):
+    if not eps >= 0 or (eps and kind == "trigonometric"):  # a NaN neither
         raise fail(op, "eps", "be 0 for kind 'trigonometric'" if eps > 0 else "be at least 0", eps)
     a = _check_a(op, x, kind, a)
     name = _resolve(op, x, backend)

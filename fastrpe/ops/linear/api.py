@@ -31,6 +31,7 @@ class State(NamedTuple):
     """Sums over the keys so far, from which decoding goes on: S = exp(log_scale) kv, and so for z.
 
     In float32 (float64 for float64), without the features' constant. N is B, or the number of packed sequences.
+    Kernels count on a log_scale of 0 where features have no exponents, and one for all trigonometric ones of a head.
     """
 
     kv: Tensor  # (N, Hk, F, V)
@@ -108,16 +109,21 @@ def linear_attention(
     """
     op = "linear_attention"
     # Small calls cost what their checks cost: look at a shape once, and call a check where it is going to fail.
+    if not (isinstance(causal, bool) and isinstance(normalize, bool) and isinstance(return_state, bool)):
+        for argument, flag in (("causal", causal), ("normalize", normalize), ("return_state", return_state)):
+            check_type(op, argument, flag, bool)
     if not isinstance(q, Tensor) or q.dim() != 4:
         raise wrong_shape(op, "q", q, ("B", "H", "L", "D"))
     B, H, L, D = q.shape
     device, dtype = q.device, q.dtype
     if dtype not in FLOATS:
         check_dtype(op, "q", q)
+    if D == 0:
+        raise fail(op, "q", "have D > 0", tuple(q.shape))
     if not isinstance(k, Tensor) or len(shape := k.shape) != 4 or shape[0] != B or shape[3] != D:
         raise wrong_shape(op, "k", k, ("B", "Hk", "S", "D"), B=B, D=D)
     _, Hk, S, _ = shape
-    if H != Hk and (Hk == 0 or H % Hk):
+    if Hk == 0 or (H != Hk and H % Hk):
         raise fail(op, "k", f"have a number of heads that divides H={H}", Hk)
     if causal and S != L:
         raise fail(op, "k", f"have as many tokens as q, L={L}, when causal", S)
@@ -126,13 +132,11 @@ def linear_attention(
     V = shape[3]
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
     if k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
-        dtypes = FLOATS if autocast else (dtype,)
+        # Autocast brings all dtypes to one, but for float64.
+        dtypes = tuple(d for d in FLOATS if d != torch.float64) if autocast and dtype != torch.float64 else (dtype,)
         for argument, x in (("k", k), ("v", v)):
             check_dtype(op, argument, x, dtypes)
             check_device(op, argument, x, device)
-    if not (isinstance(causal, bool) and isinstance(normalize, bool) and isinstance(return_state, bool)):
-        for argument, flag in (("causal", causal), ("normalize", normalize), ("return_state", return_state)):
-            check_type(op, argument, flag, bool)
     if kind not in KINDS:
         check_choice(op, "kind", kind, KINDS)
     if omega is None:
@@ -140,7 +144,8 @@ def linear_attention(
             raise fail(op, "omega", f"be given for kind {kind!r}", None)
     else:
         if kind == "features":
-            raise fail(op, "omega", "be None for kind 'features'", tuple(omega.shape))
+            came = tuple(omega.shape) if isinstance(omega, Tensor) else repr(omega)
+            raise fail(op, "omega", "be None for kind 'features'", came)
         _check_omega(op, omega, Hk, D, device)
     if scale is None:
         scale = default_scale(kind, D)
@@ -150,7 +155,7 @@ def linear_attention(
         check_type(op, "scale", scale, *SCALARS)
     if not isinstance(eps, (float, int)):
         check_type(op, "eps", eps, float, int)
-    if eps < 0 or (eps and kind == "trigonometric"):
+    if not eps >= 0 or (eps and kind == "trigonometric"):  # a NaN neither
         raise fail(op, "eps", "be 0 for kind 'trigonometric'" if eps > 0 else "be at least 0", eps)
     a = _check_a(op, q, kind, a)
     N = B
@@ -236,8 +241,9 @@ def linear_attention_step(
         Katharopoulos et al. (arXiv 2006.16236) eq. 18-20.
     """
     op = "linear_attention_step"
-    for argument, x, shape in (("q", q, ("B", "H", "D")), ("k", k, ("B", "Hk", "D")), ("v", v, ("B", "Hk", "V"))):
-        check_shape(op, argument, x, shape)
+    check_shape(op, "q", q, ("B", "H", "D"))
+    check_shape(op, "k", k, ("B", "Hk", "D"), B=q.shape[0], D=q.shape[2])
+    check_shape(op, "v", v, ("B", "Hk", "V"), B=q.shape[0], Hk=k.shape[1])
     out, state = linear_attention(
         q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), omega, kind, causal=True, scale=scale, a=a, eps=eps,
         normalize=normalize, state=state, return_state=True, backend=backend,

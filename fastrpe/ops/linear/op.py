@@ -294,7 +294,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale, _, backend = inputs
-    _, *last, ctx.prepared = output
+    _, *last, prepared = output
+    # A projection that the kernel took as it is may change before the backward, where hooks have saved a copy.
+    ctx.prepared = None if prepared is not None and prepared[0] is omega else prepared
     ctx.options = kind, causal, scale, eps, normalize, backend
     ctx.save_for_backward(q, k, v, omega, a, mask, cu_seqlens, kv, z, log_scale, *last)
     ctx.set_materialize_grads(False)

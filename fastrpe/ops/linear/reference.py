@@ -72,7 +72,7 @@ def linear_attention(
         grow = (log_scale - log_scale.detach()).exp()  # 1, with a gradient
         state = kv * grow.unsqueeze(-1), z * grow, log_scale.detach()
     if causal:
-        parts = [q.new_zeros(*q.shape[:3], 0, v.shape[-1])]
+        parts = [q.new_zeros(q.shape[0], q.shape[1] * q.shape[2], 0, v.shape[-1])]
         for at in range(0, q.shape[3], CHUNK):
             chunk = [x[..., at : at + CHUNK, :] for x in (query, b, key, e, v)]
             part, state = _causal(chunk[0], chunk[1], chunk[2], chunk[3], chunk[4], state, floor, normalize)
@@ -80,7 +80,6 @@ def linear_attention(
         out = torch.cat(parts, -2)
     else:
         out, state = _full(query, b, key, e, v, state, floor, normalize)
-    out = out.flatten(1, 2)
     if packed is not None:
         out = out.masked_fill(~packed[:, None, :, None], 0).sum(0, keepdim=True)
     kv, z, c = state
@@ -184,5 +183,7 @@ def _divide(
     den: Tensor,  # (B, Hk, G, L, 1)
     r: Tensor,  # (B, Hk, G, L, 1)
     normalize: bool,
-) -> Tensor:
-    return num / den.masked_fill(den == 0, 1) if normalize else num * r.exp()
+) -> Tensor:  # (B, H, L, V), no view, since what an operator returns must bear changes in place
+    num, den, r = (x.flatten(1, 2) for x in (num, den, r))
+    # Divided by infinity, a row whose weights sum to 0 is 0, and so is its gradient.
+    return num / den.masked_fill(den == 0, math.inf) if normalize else num * r.exp()

@@ -894,6 +894,9 @@ def causal_gradients(
                 *tensors, *outs[1], flags, p.scale, p.exponent, *numbers[3:-6], p.D, p.V, t.features, p.BD, p.BV,
                 START=late is not None, **tokens, NORMALIZE=p.flags["NORMALIZE"], num_warps=8,
             )  # fmt: skip
+    if p.L == 0 and start is not None:  # what the state behind no token gets, that before it gets
+        kv, z, c = late or (torch.zeros_like(start[0]), torch.zeros_like(start[1]), -start[2])
+        dstate = kv.flatten(0, 1), z.flatten(0, 1), c.flatten(0, 1)
     if groups > 1:
         dk, dv = (p.add_groups(x) for x in (dk, dv))
     return dq, dk, dv, dstate, [x[0] for x in outs], [x[1] for x in outs]

@@ -239,7 +239,7 @@ def _rows_kernel(
                     operand(b_w, DTYPE, PRECISION), operand(b_u, DTYPE, PRECISION), b_o, input_precision=PRECISION
                 )
         if NORMALIZE:
-            b_o = b_o / tl.where(b_den == 0.0, 1.0, b_den)[:, None]
+            b_o = b_o / tl.where(b_den == 0.0, float("inf"), b_den)[:, None]
         elif KIND == EXP:
             b_e = b_r - half_norm(b_q, scale) if NORM else b_r
             b_o *= tl.exp2(b_e)[:, None]
@@ -309,7 +309,7 @@ def _causal_kernel(
         b_a = tl.where(o_l[:, None] >= o_l[None, :], b_a, 0.0)
         b_den += tl.sum(b_a, 1)
         b_o = tl.dot(b_pq, b_s, input_precision=PRECISION)
-        b_norm = tl.where(b_den == 0.0, 1.0, b_den)
+        b_norm = tl.where(b_den == 0.0, float("inf"), b_den)
         if WIDE and NORMALIZE:  # divided first: the weight of a row's one key is 1, and its value stays as it is
             b_o = tl.div_rn(b_o, tl.broadcast_to(b_norm[:, None], b_o.shape))
             b_a = tl.div_rn(b_a, tl.broadcast_to(b_norm[:, None], b_a.shape))
@@ -367,7 +367,7 @@ def _tokens_kernel(
             b_o = tl.sum(b_w_q[:, None] * b_kv, 0)
             if NORMALIZE:
                 den = tl.sum(b_w_q * b_z, 0)
-                den = tl.where(den == 0.0, 1.0, den)
+                den = tl.where(den == 0.0, float("inf"), den)
                 b_o = b_o / den
                 # What the sum's roundings left, so that a row's one key gives its value; nothing of infinite values.
                 b_rest = tl.sum(b_w_q[:, None] * (b_kv - b_z[:, None] * b_o[None, :]), 0) / den

@@ -87,7 +87,7 @@ def _short_kernel(
     b_pk, b_pq = operand(b_pk, DTYPE, PRECISION), operand(b_pq, DTYPE, PRECISION)
     b_a = operand(tl.dot(b_pq, b_pk, input_precision=PRECISION), DTYPE, PRECISION)
     b_den = tl.sum(b_a.to(tl.float32), 1)  # as rounded: what weights add up to is what they are divided by
-    b_o = tl.dot(b_a, b_v, input_precision=PRECISION) / tl.where(b_den == 0.0, 1.0, b_den)[:, None]
+    b_o = tl.dot(b_a, b_v, input_precision=PRECISION) / tl.where(b_den == 0.0, float("inf"), b_den)[:, None]
     store_rows(out + i_bh * L * V, b_o, 0, V, L, V, BL, BV)
 
 
