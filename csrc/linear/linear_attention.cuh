@@ -94,6 +94,28 @@ __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int ro
 template <typename T, int M>
 void head_attention(const Args<T>& args, int multiprocessors, int device, cudaStream_t stream);
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Squared norms of 16 rows by a warp: lane (g, t) = (lane / 4, lane % 4), with t = g / 2, has those of rows g and g
+// + 8. They are the diagonal of the rows' products with one another.
+template <typename T>
+__device__ __forceinline__ void find_norms(const uint4* rows, float (&norms)[2]) {
+  const int lane = threadIdx.x % 32;
+  const bool is_odd = lane / 4 % 2;
+  float low[4] = {}, high[4] = {};  // with rows 0 to 7, and with 8 to 15
+#pragma unroll
+  for (int n = 0; n < width / 16; ++n) {
+    uint32_t a[4];
+    load_matrices<false>(a, rows + piece(lane % 16, 2 * n + lane / 16));
+    multiply_warp<T>(low, a, a[0], a[2]);
+    multiply_warp<T>(high, a, a[1], a[3]);
+  }
+  norms[0] = is_odd ? low[1] : low[0];
+  norms[1] = is_odd ? high[3] : high[2];
+}
+
+#endif
+
 // How many equal shares of the tiles of all key heads causal attention takes, each with the sums of the keys before it:
 // as many as heads where one launch is as good.
 template <int M>

@@ -332,26 +332,18 @@ struct Copies {
     }
   }
 
-  // The exponents that a warp's 16 keys add to their projections. Squared norms are the diagonal of their products with
-  // one another: lane (g, t), with t = g / 2, has those of keys g and g + 8.
+  // The exponents that a warp's 16 keys add to their projections.
   __device__ __forceinline__ void fill_bias(int i) const {
     const int lane = threadIdx.x % 32, g = lane / 4, first = threadIdx.x % 128 / 32 * 16;
-    const uint4* rows = memory.k + place<Of::stages>(i) * Of::matrix + first * pieces;
-    float low[4] = {}, high[4] = {};  // with keys 0 to 7, and with 8 to 15
+    float norms[2] = {0, 0};
     if (args.norm != 0) {
-#pragma unroll
-      for (int n = 0; n < width / 16; ++n) {
-        uint32_t a[4];
-        load_matrices(a, rows + piece(lane % 16, 2 * n + lane / 16));
-        multiply_warp<T>(low, a, a[0], a[2]);
-        multiply_warp<T>(high, a, a[1], a[3]);
-      }
+      find_norms<T>(memory.k + place<Of::stages>(i) * Of::matrix + first * pieces, norms);
     }
-    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;  // of one that has copied these keys
+    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;
     if (lane % 4 == g / 2) {
       float* to = memory.key_bias + place<Of::stages>(i) * Of::rows + first + g;
-      to[0] = own & 1 ? (g % 2 == 0 ? low[0] : low[1]) * args.norm : masked;
-      to[8] = own >> 8 / step & 1 ? (g % 2 == 0 ? high[2] : high[3]) * args.norm : masked;
+      to[0] = own & 1 ? norms[0] * args.norm : masked;
+      to[8] = own >> 8 / step & 1 ? norms[1] * args.norm : masked;
     }
   }
 

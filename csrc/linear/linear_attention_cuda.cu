@@ -47,7 +47,10 @@ struct Plan {
   static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;  // tiles of a warpgroup
   static constexpr int rings = groups * ring * rows * pieces;
   static constexpr int pool = pass == Pass::queries ? rings : stages * stage;
-  static constexpr int floats = pass == Pass::both ? M + keys : pass == Pass::keys ? keys : 2 * M;
+  static constexpr bool ahead =
+      pass == Pass::keys && M == 128;  // whether a tile's biases are made during the one before
+  static constexpr int biases = ahead ? 2 * keys : keys;
+  static constexpr int floats = pass == Pass::both ? M + biases : pass == Pass::keys ? biases : 2 * M;
   static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
   static_assert(pass != Pass::both || pool == stage + rings);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
@@ -162,18 +165,21 @@ __device__ __forceinline__ void add(float2& to, float x, float y, float factor) 
 // c (64 rows x 2 R) = a b^T over the width.
 template <typename T, int R>
 __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uint4* b) {
+  const uint64_t of_a = operand(a), of_b = operand(b);
   products_begin();
 #pragma unroll
   for (int step = 0; step < width / 16; ++step) {
-    multiply<T>(c, operand(a + 2 * step), operand(b + 2 * step), step > 0);
+    multiply<T>(c, further(of_a, 32 * step), further(of_b, 32 * step), step > 0);
   }
   products_end();
 }
 
-// sums += 2^(s - top) values, and the sums of the weights; `values` has a row for each column of s.
+// sums (= or +=) 2^(s - top) values, in the background, and total += the weights; `values` has a row for each column of
+// s.
 template <typename T, int R>
-__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2], float (&s)[R], const float (&top)[2],
-                                           const uint4* values) {
+__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2], const float (&s)[R],
+                                           const float (&top)[2], const uint4* values, bool add) {
+  const uint64_t of_values = operand(values);
   uint32_t weights[R / 8][4];
 #pragma unroll
   for (int n = 0; n < R / 8; ++n) {
@@ -188,10 +194,9 @@ __device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2],
   products_begin();
 #pragma unroll
   for (int n = 0; n < R / 8; ++n) {
-    multiply<T, Inner::b>(sums, weights[n], operand(values + n * 16 * pieces), true);
+    multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
   }
   products_end();
-  products_wait(sums);
 }
 
 __device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], const float (&factor)[2]) {
@@ -225,6 +230,82 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
   }
 }
 
+// Copies of this block's keys and values, tile by tile; a thread has a piece of each step-th row. Where biases are made
+// ahead, a warp copies the 16 rows whose biases it makes.
+template <typename Of, typename T>
+struct KeyCopies {
+  static constexpr int step = Of::ahead ? 4 : Of::threads / pieces, count = Of::keys * pieces / Of::threads;
+  static_assert(!Of::ahead || step * count == 16);
+
+  const Args<T>& args;
+  Place at;        // the next tile's head
+  int first, row;  // its first key, and this thread's first row of a tile
+  const T *k, *v;  // this thread's first pieces
+
+  __device__ __forceinline__ KeyCopies(const Args<T>& args, const Place& at)
+      : args(args),
+        at(at),
+        first(at.tile * Of::keys),
+        row(Of::ahead ? threadIdx.x / 32 * 16 + threadIdx.x % 32 / pieces : threadIdx.x / pieces) {
+    find();
+  }
+
+  __device__ __forceinline__ void find() {
+    const int64_t key = first + row;
+    const int u = threadIdx.x % pieces;
+    k = args.k.at(at.b, at.h) + key * args.k.l + u * 8;
+    v = args.v.at(at.b, at.h) + key * args.v.l + u * 8;
+  }
+
+  __device__ __forceinline__ void start(uint4* stage) {
+    uint32_t inside = ~0u;
+    if (first + Of::keys > args.S || args.mask != nullptr) {
+      inside = 0;
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        inside |= takes_part(args, at.b, first + row + n * step) ? 1u << n : 0u;
+      }
+    }
+    copy(k, args.k.l, inside, stage);
+    copy(v, args.v.l, inside, stage + Of::stage / 2);
+    first += Of::keys;
+    if (Of::pass == Pass::keys && first >= args.S) {
+      first = 0;
+      at.next_head(args);
+      find();
+    } else {
+      k += Of::keys * args.k.l;
+      v += Of::keys * args.v.l;
+    }
+  }
+
+  __device__ __forceinline__ void copy(const T* from, int64_t stride, uint32_t inside, uint4* to) const {
+    // A step of 8 rows keeps the swizzle; one of 4 changes a bit, since the first row is then less than 4 modulo 8.
+    const int even = piece(row, threadIdx.x % pieces), odd = step % 8 == 0 ? even : even ^ 4;
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      copy_async<16>(to + (n % 2 == 0 ? even : odd) + n * step * pieces, from, inside >> n & 1);
+      from += step * stride;
+    }
+  }
+};
+
+// The exponents that keys add to their projections, for 16 keys that this warp has copied.
+template <typename T>
+__device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
+  const int own = threadIdx.x / 32 * 16, key = own + threadIdx.x % 32 / 4;
+  float norms[2] = {0, 0};
+  if (args.norm != 0) {
+    find_norms<T>(k + own * pieces, norms);
+  }
+  if (threadIdx.x % 4 == threadIdx.x % 32 / 8) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to[key + 8 * i] = takes_part(args, b, first + key + 8 * i) ? norms[i] * args.norm : masked;
+    }
+  }
+}
+
 // The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
 // `last` is called when the pool but for its first stage is free; otherwise a head's sums are stored where they end.
 template <typename Of, typename T, typename Last>
@@ -247,41 +328,47 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       return;
     }
   }
-  int head = at.head, first = at.tile * Of::keys, next = first;  // keys
+  KeyCopies<Of, T> copies(args, at);
+  int first = copies.first;  // of the products' tile
   // The last tile lies in the first stage.
   const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
     if (i < count) {
-      uint4* stage = stage_of(i);
-      const auto inside = [&](int key) { return takes_part(args, at.b, key); };
-      fetch<Of::threads, Of::keys>(args.k.at(at.b, at.h), args.k.l, next, stage, inside);
-      fetch<Of::threads, Of::keys>(args.v.at(at.b, at.h), args.v.l, next, stage + Of::stage / 2, inside);
-      next += Of::keys;
-      if (Of::pass == Pass::keys && next >= args.S) {
-        next = 0;
-        at.next_head(args);
-      }
+      copies.start(stage_of(i));
     }
   };
+  // Of tile i, from this head's key `first` on.
+  const auto fill_bias_ahead = [&](int i) {
+    __syncwarp();  // all of the warp's copies have landed
+    fill_key_bias(args, stage_of(i), at.b, first, memory.key_bias + i % 2 * Of::keys);
+    copies_visible();
+  };
   start_copy(0);
-  fill_projection<T, Of::M, Of::threads>(args.projection, Of::pass == Pass::both ? at.h : head % args.Hk, memory.omega);
+  fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
   copies_end();
   for (int i = 1; i < Of::stages; ++i) {
     start_copy(i);
     copies_end();
   }
+  if constexpr (Of::ahead) {
+    copies_wait<Of::stages - 1>();
+    fill_bias_ahead(0);
+  }
   for (int i = 0; i < count; ++i) {
     const uint4* stage = stage_of(i);
-    if (i == 0) {
-      copies_wait<Of::stages - 1>();
-    } else {
-      copies_wait<Of::stages - 2>();
+    float* key_bias = memory.key_bias + (Of::ahead ? i % 2 * Of::keys : 0);
+    if constexpr (!Of::ahead) {
+      if (i == 0) {
+        copies_wait<Of::stages - 1>();
+      } else {
+        copies_wait<Of::stages - 2>();
+      }
+      copies_visible();
     }
-    copies_visible();
     __syncthreads();  // this stage is there, and everyone has left the one before
     if constexpr (Of::pass == Pass::keys) {
       if (args.projection.head != 0 && first == 0 && i > 0) {
-        fill_projection<T, Of::M, Of::threads>(args.projection, head % args.Hk, memory.omega);
+        fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
         copies_end();
         copies_wait<0>();
         copies_visible();
@@ -297,16 +384,17 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     }
     float s[Of::keys / 2];
     project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
-    each_key_bias<Of::threads, Of::keys>(args, stage, Of::pass == Pass::both ? at.b : head / args.Hk, first,
-                                         [&](int key, int part, float bias) {
-                                           if (part == 0) {
-                                             memory.key_bias[key] = bias;
-                                           }
-                                         });
-    __syncthreads();
+    if constexpr (!Of::ahead) {
+      each_key_bias<Of::threads, Of::keys>(args, stage, at.b, first, [&](int key, int part, float bias) {
+        if (part == 0) {
+          key_bias[key] = bias;
+        }
+      });
+      __syncthreads();
+    }
     products_wait(s);
     float top[2] = {masked, masked};
-    add_exponents(s, args.scale, memory.key_bias, top);
+    add_exponents(s, args.scale, key_bias, top);
     largest_of_four(top);
     if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
       float factor[2];
@@ -318,13 +406,22 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       }
       rescale(kv, z, factor);
     }
-    add_values<T>(kv, z, s, c, stage + Of::stage / 2);
+    add_values<T>(kv, z, s, c, stage + Of::stage / 2, true);
+    const int head = at.head;
     first += Of::keys;
+    const bool is_end = Of::pass == Pass::keys && (first >= args.S || i == count - 1);
+    if (is_end) {
+      first = 0;
+      at.next_head(args);
+    }
+    if (Of::ahead && i + 1 < count) {
+      copies_wait<Of::stages - 2>();
+      fill_bias_ahead(i + 1);
+    }
+    products_wait(kv);
     if constexpr (Of::pass == Pass::keys) {
-      if (first >= args.S || i == count - 1) {
+      if (is_end) {
         store_part<Of>(args, head, kv, z, c);
-        ++head;
-        first = 0;
         c[0] = c[1] = empty;
         z[0] = z[1] = 0;
 #pragma unroll
@@ -373,6 +470,25 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
   });
 }
 
+// A tile of a key head's queries: rows from 64 `row` on of one of its query heads; none past the last of these.
+struct QueryTile {
+  int head, row;
+
+  template <typename T>
+  __device__ __forceinline__ QueryTile(const Args<T>& args, int number) : head(0), row(number) {
+    move(args, 0);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void move(const Args<T>& args, int tiles) {
+    row += tiles;
+    while (row >= args.row_tiles && head < args.queries) {
+      row -= args.row_tiles;
+      ++head;
+    }
+  }
+};
+
 // This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
 template <typename Of, typename T>
 struct Queries {
@@ -380,11 +496,14 @@ struct Queries {
   uint4* ring;
   int head, step, count;  // where the products are
   Place at;               // where the copies are
+  QueryTile tile, next;   // of the products, and of the copies
 
   __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings, int started = 0)
       : args(args),
         ring(rings + threadIdx.x / 128 * Of::ring * Of::rows * pieces),
-        at(Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)) {
+        at(Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)),
+        tile(args, at.tile * Of::groups + threadIdx.x / 128),
+        next(args, (at.tile + started) * Of::groups + threadIdx.x / 128) {
     head = at.head;
     step = at.tile;
     at.tile += started;
@@ -394,16 +513,16 @@ struct Queries {
   // Copies come in order.
   __device__ __forceinline__ void start_copy(int n) {
     if (n < count) {
-      const int tile = at.tile * Of::groups + threadIdx.x / 128, head = tile / args.row_tiles;
-      if (head < args.queries) {
-        fetch<128, Of::rows>(args.q.at(at.b, at.h * args.queries + head), args.q.l,
-                             (tile - head * args.row_tiles) * Of::rows, ring + n % Of::ring * Of::rows * pieces,
-                             [&](int row) { return row < args.L; });
+      if (next.head < args.queries) {
+        fetch<128, Of::rows>(args.q.at(at.b, at.h * args.queries + next.head), args.q.l, next.row * Of::rows,
+                             ring + n % Of::ring * Of::rows * pieces, [&](int row) { return row < args.L; });
       }
       ++at.tile;
+      next.move(args, Of::groups);
       if (Of::pass == Pass::queries && at.tile == args.query_steps) {
         at.tile = 0;
         at.next_head(args);
+        next = QueryTile(args, threadIdx.x / 128);
       }
     }
   }
@@ -469,11 +588,10 @@ struct Queries {
         start_copy(n - 1 + Of::ring);
       }
       copies_end();
-      const int tile = step * Of::groups + threadIdx.x / 128;
-      if (tile < args.queries * args.row_tiles) {
+      if (tile.head < args.queries) {
         const uint4* means = memory.means_of(head);
         const float* exponents = memory.exponents_of(head);
-        float sums[32] = {}, total[2] = {0, 0}, top[2] = {masked, masked};
+        float sums[32], total[2] = {0, 0}, top[2] = {masked, masked};
 #pragma unroll 1
         for (int from = 0; from < Of::M; from += part) {
           float s[part / 2];
@@ -482,19 +600,18 @@ struct Queries {
           const float old[2] = {top[0], top[1]};
           add_exponents(s, args.scale, exponents + from, top);
           largest_of_four(top);
-          if constexpr (part < Of::M) {
+          if (from > 0) {
             rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
           }
-          add_values<T>(sums, total, s, top, means + from * pieces);
+          add_values<T>(sums, total, s, top, means + from * pieces, from > 0);
+          products_wait(sums);
         }
-        const int query_head = tile / args.row_tiles;
-        const int row =
-            (tile - query_head * args.row_tiles) * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-        T* y = args.out + ((static_cast<int64_t>(head) * args.queries + query_head) * args.L + row) * width +
+        const int row = tile.row * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        T* y = args.out + ((static_cast<int64_t>(head) * args.queries + tile.head) * args.L + row) * width +
                threadIdx.x % 4 * 8;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float inverse = 1 / sum_of_four(total[i]);
+          const float inverse = __fdividef(1, sum_of_four(total[i]));
           float low[8], high[8];
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -507,10 +624,12 @@ struct Queries {
           }
         }
       }
+      tile.move(args, Of::groups);
       ++step;
       if (Of::pass == Pass::queries && step == args.query_steps) {
         step = 0;
         ++head;
+        tile = QueryTile(args, threadIdx.x / 128);
       }
     }
   }
