@@ -306,6 +306,29 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
   }
 }
 
+// Whether exponents of this warp's features are nowhere far above c, so that maxima need not be looked for any more:
+// scale w k - |scale k|^2 / 2 is at most |w|^2 / 2. bfloat16 has room for what is above.
+template <typename T>
+__device__ __forceinline__ bool bounds(const uint4* omega, const float (&c)[2]) {
+  constexpr float room = 64;
+  const int feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float squares[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(omega + piece(feature + 8 * i, 4 * half + t)));
+#pragma unroll
+      for (float value : x) {
+        squares[i] = fmaf(value, value, squares[i]);
+      }
+    }
+  }
+  sum_of_four(squares);
+  return !__any_sync(~0u, c[0] < squares[0] * (log2e / 2) - room || c[1] < squares[1] * (log2e / 2) - room);
+}
+
 // The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
 // `last` is called when the pool but for its first stage is free; otherwise a head's sums are stored where they end.
 template <typename Of, typename T, typename Last>
@@ -330,6 +353,8 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
+  // Whether no exponent of the head is far above c; whether the head has just begun.
+  bool is_bounded = false, is_fresh = true;
   // The last tile lies in the first stage.
   const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
@@ -393,18 +418,25 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       __syncthreads();
     }
     products_wait(s);
-    float top[2] = {masked, masked};
-    add_exponents(s, args.scale, key_bias, top);
-    largest_of_four(top);
-    if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
-      float factor[2];
+    add_exponents(s, args.scale, key_bias);
+    if (!is_bounded) {
+      float top[2] = {masked, masked};
+      find_largest(s, top);
+      largest_of_four(top);
+      if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
+        float factor[2];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float next = fmaxf(c[n], top[n] - Range<T>::shift);
-        factor[n] = exp2_approximate(c[n] - next);
-        c[n] = next;
+        for (int n = 0; n < 2; ++n) {
+          const float next = fmaxf(c[n], top[n] - Range<T>::shift);
+          factor[n] = exp2_approximate(c[n] - next);
+          c[n] = next;
+        }
+        rescale(kv, z, factor);
       }
-      rescale(kv, z, factor);
+      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
+        is_bounded = bounds<T>(memory.omega, c);
+      }
+      is_fresh = false;
     }
     add_values<T>(kv, z, s, c, stage + Of::stage / 2, true);
     const int head = at.head;
@@ -422,6 +454,8 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     if constexpr (Of::pass == Pass::keys) {
       if (is_end) {
         store_part<Of>(args, head, kv, z, c);
+        is_bounded = false;
+        is_fresh = true;
         c[0] = c[1] = empty;
         z[0] = z[1] = 0;
 #pragma unroll

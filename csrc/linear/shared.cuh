@@ -124,6 +124,31 @@ __device__ __forceinline__ void rescale(float (&rows)[R], const float (&factor)[
   }
 }
 
+// s scaled, with the exponents of its columns.
+template <int R>
+__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents) {
+  const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < R / 4; ++j) {
+    const float2 e = pairs[4 * j];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float &x = s[4 * j + 2 * i], &y = s[4 * j + 2 * i + 1];
+      x = fmaf(x, scale, e.x);
+      y = fmaf(y, scale, e.y);
+    }
+  }
+}
+
+// The largest of this thread's two rows.
+template <int R>
+__device__ __forceinline__ void find_largest(const float (&s)[R], float (&top)[2]) {
+#pragma unroll
+  for (int i = 0; i < R; i += 2) {
+    top[i / 2 % 2] = fmaxf(top[i / 2 % 2], fmaxf(s[i], s[i + 1]));
+  }
+}
+
 // s scaled, with the exponents of its columns; the largest of this thread's two rows.
 template <int R>
 __device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
