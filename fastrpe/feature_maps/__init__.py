@@ -10,6 +10,7 @@ from .features import ReLUFeatures as ReLUFeatures
 from .features import TrigonometricFeatures as TrigonometricFeatures
 from .hybrid import HybridFeatures as HybridFeatures
 from .learnable import LearnableFeatures as LearnableFeatures
+from .masked import MaskedFeatures as MaskedFeatures
 from .oprf import SADERF as SADERF
 from .oprf import OPRFFeatures as OPRFFeatures
 from .oprf import optimal_a as optimal_a

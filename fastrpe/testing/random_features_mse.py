@@ -73,6 +73,34 @@ def hybrid_mse(x: Tensor, y: Tensor, M: int, angles: int, *, reversed: bool = Fa
     return (p * p + spread) * first + ((1 - p).square() + spread) * second
 
 
+def masked_variance(
+    form: str, x: Tensor, y: Tensor, u: Tensor, v: Tensor, M: int, pi: Tensor | None = None, *, stratified: bool = True
+) -> Tensor:
+    """Of an estimate of exp(x.y) (u.v) by positive features of Gaussian rows and masks u and v, (E,), not negative.
+
+    With one row's variance K2 - K^2, tau = u.v and S2 = E (g.u)^2 (g.v)^2, it is (K2 S2 - K^2 tau^2) / M where rows are
+    independent. Strata of pi leave of the second part's K^2 (S2 - tau^2) what coordinates differ within a stratum.
+    Sections 3.5 and 4.6 of the method specification.
+    """
+    K, one = kernel(x, y), mse("positive", "gaussian", x, y, 1)
+    products, tau = u * v, (u * v).sum()
+    if form == "tensor":
+        return tau.square() * one / M
+    if form == "rademacher":
+        S2 = _square(u) * _square(v) + 2 * tau.square() - 2 * _square(products)
+        spread = S2 - tau.square()
+    else:
+        pi = torch.full_like(u, 1 / len(u)) if pi is None else pi
+        a = products / pi
+        S2 = (pi * a.square()).sum()
+        ends = pi.cumsum(0)
+        row = torch.arange(M if stratified else 1, dtype=u.dtype).unsqueeze(-1) / M
+        upper = row + 1 / M if stratified else row + 1
+        share = (torch.minimum(ends, upper) - torch.maximum(ends - pi, row)).clamp(min=0) / (upper - row)
+        spread = (share @ a.square() - (share @ a).square()).mean()
+    return (one * S2 + K.square() * spread) / M
+
+
 def _rademacher_variance(kind: str, x: Tensor, y: Tensor) -> Tensor:
     if kind == "trigonometric":
         u = x - y
