@@ -272,7 +272,9 @@ def length_plot(out: Path) -> str:
         axis.set_xticks(x, x)
         axis.xaxis.set_minor_locator(plt.NullLocator())
         axis.grid(alpha=0.3)
-    time.yaxis.set_minor_formatter("{x:g}")
+    time.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    time.yaxis.set_major_formatter("{x:g}")
+    time.yaxis.set_minor_locator(plt.NullLocator())
     right.legend(*max((axis.get_legend_handles_labels() for axis in (time, right)), key=lambda both: len(both[0])),
                  loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)  # fmt: skip
     return save(figure, out, "length", "Time of an epoch and accuracy against the number of tokens; dashed: the bars")
