@@ -86,6 +86,81 @@ __device__ __forceinline__ void each_key_bias(const Args<T>& args, const uint4* 
 }
 
 template <typename T>
+struct Range {
+  // A running maximum may lag behind: weights reach 2^limit, and 2^shift where it has just been taken. float16 has room
+  // for small ones only where the large are far above 1.
+  static constexpr float shift = std::is_same_v<T, Half> ? 12.f : 0.f;
+  static constexpr float limit = std::is_same_v<T, Half> ? 15.f : 8.f;
+};
+
+// A place among the tiles of all heads, and how many from there on are this block's.
+struct Place {
+  int head, b, h, tile, count;
+
+  template <typename T>
+  __device__ __forceinline__ Place(const Args<T>& args, int head) : head(head), tile(0), count(0) {
+    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
+    h = head - b * args.Hk;
+  }
+
+  // An equal share of all tiles, of which a head has `tiles`.
+  template <typename T>
+  static __device__ __forceinline__ Place share(const Args<T>& args, int tiles) {
+    const int64_t all = static_cast<int64_t>(args.heads) * tiles;
+    const int block = this_block();
+    const int first = static_cast<int>(all * block / gridDim.x);
+    Place place(args, static_cast<uint32_t>(first) / static_cast<uint32_t>(tiles));
+    place.tile = first - place.head * tiles;
+    place.count = static_cast<int>(all * (block + 1) / gridDim.x) - first;
+    return place;
+  }
+
+  // A piece of the tiles between where two shares of causal attention begin, of those of the second's head; none where
+  // it begins with a head. Neighbouring blocks have different shares, so that those without tiles spread.
+  template <typename T>
+  static __device__ __forceinline__ Place before_share(const Args<T>& args) {
+    const int64_t all = static_cast<int64_t>(args.heads) * args.key_tiles;
+    const int block = this_block(), between = args.key_blocks - 1, piece = block / between,
+              share = block - piece * between;
+    const int end = static_cast<int>(all * (share + 1) / args.key_blocks);
+    Place place(args, static_cast<uint32_t>(end) / static_cast<uint32_t>(args.key_tiles));
+    const int begin = max(static_cast<int>(all * share / args.key_blocks) - place.head * args.key_tiles, 0);
+    const int64_t tiles = end - place.head * args.key_tiles - begin;
+    place.tile = begin + static_cast<int>(tiles * piece / args.share_pieces);
+    place.count = begin + static_cast<int>(tiles * (piece + 1) / args.share_pieces) - place.tile;
+    return place;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void next_head(const Args<T>& args) {
+    ++head;
+    if (++h == args.Hk) {
+      h = 0;
+      ++b;
+    }
+  }
+};
+
+// A tile of a key head's queries: rows from 64 `row` on of one of its query heads; none past the last of these.
+struct QueryTile {
+  int head, row;
+
+  template <typename T>
+  __device__ __forceinline__ QueryTile(const Args<T>& args, int number) : head(0), row(number) {
+    move(args, 0);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void move(const Args<T>& args, int tiles) {
+    row += tiles;
+    while (row >= args.row_tiles && head < args.queries) {
+      row -= args.row_tiles;
+      ++head;
+    }
+  }
+};
+
+template <typename T>
 __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
   return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
 }
@@ -114,7 +189,62 @@ __device__ __forceinline__ void find_norms(const uint4* rows, float (&norms)[2])
   norms[1] = is_odd ? high[3] : high[2];
 }
 
+// Whether exponents of this warp's features are nowhere far above c, so that maxima need not be looked for any more:
+// scale w k - |scale k|^2 / 2 is at most |w|^2 / 2. bfloat16 has room for what is above.
+template <typename T>
+__device__ __forceinline__ bool bounds(const uint4* omega, const float (&c)[2]) {
+  constexpr float room = 64;
+  const int feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float squares[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(omega + piece(feature + 8 * i, 4 * half + t)));
+#pragma unroll
+      for (float value : x) {
+        squares[i] = fmaf(value, value, squares[i]);
+      }
+    }
+  }
+  sum_of_four(squares);
+  return !__any_sync(~0u, c[0] < squares[0] * (log2e / 2) - room || c[1] < squares[1] * (log2e / 2) - room);
+}
+
+// A thread's share of the sums over a head's keys, to this block's slot.
+template <int M, typename T>
+__device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
+                                           const float (&c)[2]) {
+  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int64_t slot = static_cast<int64_t>(this_block()) + (args.share_pieces > 0 ? 0 : head);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = slot * M + feature + 8 * i;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
+                                                                                kv[4 * j + 2 * i + 1]};
+    }
+    const float sum = sum_of_four(z[i]);
+    if (t == 0) {
+      args.part_z[row] = sum;
+      args.part_c[row] = c[i];
+    }
+  }
+}
+
 #endif
+
+// With three kernels, those for keys and for queries where a multiprocessor has many tiles: of 128 keys, shared by
+// args.key_blocks blocks, one to a multiprocessor; and of 64 queries, of which a key head has least_row_tiles or more.
+constexpr int least_row_tiles = 10;
+
+template <typename T, int M>
+void sum_many_keys(const Args<T>& args, int device, cudaStream_t stream);
+
+template <typename T, int M>
+void attend_many(Args<T> args, int multiprocessors, int device, cudaStream_t stream);
 
 // How many equal shares of the tiles of all key heads causal attention takes, each with the sums of the keys before it:
 // as many as heads where one launch is as good.

@@ -22,14 +22,6 @@ namespace {
 
 enum class Pass { both, keys, queries };
 
-template <typename T>
-struct Range {
-  // A running maximum may lag behind: weights reach 2^limit, and 2^shift where it has just been taken. float16 has room
-  // for small ones only where the large are far above 1.
-  static constexpr float shift = std::is_same_v<T, Half> ? 12.f : 0.f;
-  static constexpr float limit = std::is_same_v<T, Half> ? 15.f : 8.f;
-};
-
 // Shared memory is in units of 16 bytes; rows of 128 bytes are swizzled.
 template <Pass Kernel, int Features>
 struct Plan {
@@ -75,54 +67,6 @@ struct Memory {
 
   __device__ __forceinline__ float* exponents_of(int head) const {
     return exponents + (Of::pass == Pass::queries ? head % 2 * Of::M : 0);
-  }
-};
-
-// A place among the tiles of all heads, and how many from there on are this block's.
-struct Place {
-  int head, b, h, tile, count;
-
-  template <typename T>
-  __device__ __forceinline__ Place(const Args<T>& args, int head) : head(head), tile(0), count(0) {
-    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
-    h = head - b * args.Hk;
-  }
-
-  // An equal share of all tiles, of which a head has `tiles`.
-  template <typename T>
-  static __device__ __forceinline__ Place share(const Args<T>& args, int tiles) {
-    const int64_t all = static_cast<int64_t>(args.heads) * tiles;
-    const int block = this_block();
-    const int first = static_cast<int>(all * block / gridDim.x);
-    Place place(args, static_cast<uint32_t>(first) / static_cast<uint32_t>(tiles));
-    place.tile = first - place.head * tiles;
-    place.count = static_cast<int>(all * (block + 1) / gridDim.x) - first;
-    return place;
-  }
-
-  // A piece of the tiles between where two shares of causal attention begin, of those of the second's head; none where
-  // it begins with a head. Neighbouring blocks have different shares, so that those without tiles spread.
-  template <typename T>
-  static __device__ __forceinline__ Place before_share(const Args<T>& args) {
-    const int64_t all = static_cast<int64_t>(args.heads) * args.key_tiles;
-    const int block = this_block(), between = args.key_blocks - 1, piece = block / between,
-              share = block - piece * between;
-    const int end = static_cast<int>(all * (share + 1) / args.key_blocks);
-    Place place(args, static_cast<uint32_t>(end) / static_cast<uint32_t>(args.key_tiles));
-    const int begin = max(static_cast<int>(all * share / args.key_blocks) - place.head * args.key_tiles, 0);
-    const int64_t tiles = end - place.head * args.key_tiles - begin;
-    place.tile = begin + static_cast<int>(tiles * piece / args.share_pieces);
-    place.count = begin + static_cast<int>(tiles * (piece + 1) / args.share_pieces) - place.tile;
-    return place;
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void next_head(const Args<T>& args) {
-    ++head;
-    if (++h == args.Hk) {
-      h = 0;
-      ++b;
-    }
   }
 };
 
@@ -208,28 +152,6 @@ __device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], co
   total[1] *= factor[1];
 }
 
-// A thread's share of the sums over a head's keys, to this block's slot.
-template <typename Of, typename T>
-__device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
-                                           const float (&c)[2]) {
-  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const int64_t slot = static_cast<int64_t>(this_block()) + (args.share_pieces > 0 ? 0 : head);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t row = slot * Of::M + feature + 8 * i;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
-                                                                                kv[4 * j + 2 * i + 1]};
-    }
-    const float sum = sum_of_four(z[i]);
-    if (t == 0) {
-      args.part_z[row] = sum;
-      args.part_c[row] = c[i];
-    }
-  }
-}
-
 // Copies of this block's keys and values, tile by tile; a thread has a piece of each step-th row. Where biases are made
 // ahead, a warp copies the 16 rows whose biases it makes.
 template <typename Of, typename T>
@@ -306,29 +228,6 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
   }
 }
 
-// Whether exponents of this warp's features are nowhere far above c, so that maxima need not be looked for any more:
-// scale w k - |scale k|^2 / 2 is at most |w|^2 / 2. bfloat16 has room for what is above.
-template <typename T>
-__device__ __forceinline__ bool bounds(const uint4* omega, const float (&c)[2]) {
-  constexpr float room = 64;
-  const int feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  float squares[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(omega + piece(feature + 8 * i, 4 * half + t)));
-#pragma unroll
-      for (float value : x) {
-        squares[i] = fmaf(value, value, squares[i]);
-      }
-    }
-  }
-  sum_of_four(squares);
-  return !__any_sync(~0u, c[0] < squares[0] * (log2e / 2) - room || c[1] < squares[1] * (log2e / 2) - room);
-}
-
 // The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
 // `last` is called when the pool but for its first stage is free; otherwise a head's sums are stored where they end.
 template <typename Of, typename T, typename Last>
@@ -347,7 +246,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   if constexpr (Of::pass == Pass::keys) {
     if (count == 0) {
-      store_part<Of>(args, at.head, kv, z, c);
+      store_part<Of::M>(args, at.head, kv, z, c);
       return;
     }
   }
@@ -453,7 +352,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     products_wait(kv);
     if constexpr (Of::pass == Pass::keys) {
       if (is_end) {
-        store_part<Of>(args, head, kv, z, c);
+        store_part<Of::M>(args, head, kv, z, c);
         is_bounded = false;
         is_fresh = true;
         c[0] = c[1] = empty;
@@ -503,25 +402,6 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
     store_state<Of::M>(args, place, row, u, sums, z, c);
   });
 }
-
-// A tile of a key head's queries: rows from 64 `row` on of one of its query heads; none past the last of these.
-struct QueryTile {
-  int head, row;
-
-  template <typename T>
-  __device__ __forceinline__ QueryTile(const Args<T>& args, int number) : head(0), row(number) {
-    move(args, 0);
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void move(const Args<T>& args, int tiles) {
-    row += tiles;
-    while (row >= args.row_tiles && head < args.queries) {
-      row -= args.row_tiles;
-      ++head;
-    }
-  }
-};
 
 // This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
 template <typename Of, typename T>
@@ -897,10 +777,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     using Of = Plan<Pass::keys, F>;
     divide(Of{});
     args.key_tile = Of::keys;
+    constexpr bool has_long = F == 128 && std::is_same_v<T, BFloat16>;  // kernels for many tiles
+    constexpr int many = 8;                                             // steps of a block's warpgroups
+    const int64_t all_row_tiles = heads * args.queries * args.row_tiles;
+    const bool many_keys = has_long && !causal && heads * args.key_tiles >= many * gpu.multiprocessors;
+    const bool many_queries = has_long && int64_t{args.queries} * args.row_tiles >= least_row_tiles &&
+                              all_row_tiles >= 2 * many * gpu.multiprocessors;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
     args.key_blocks =
         static_cast<int>(causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
-                                : std::min(heads * args.key_tiles, resident));
+                                : std::min(heads * args.key_tiles, many_keys ? int64_t{gpu.multiprocessors} : resident));
     // As many pieces as run at once, of 8 tiles or more: what is summed in pieces has to be added.
     const int64_t pieces_at_once = std::min(resident, heads * args.key_tiles / 8);
     args.share_pieces = causal ? static_cast<int>(std::max(pieces_at_once / args.key_blocks, int64_t{1})) : 0;
@@ -914,7 +800,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
       args.part_z = args.exponents + of_heads;
       args.part_c = args.part_z + of_parts;
-      launch<Of>(args, blocks, index, stream);
+      if constexpr (has_long) {
+        many_keys ? sum_many_keys<T, F>(args, index, stream) : launch<Of>(args, blocks, index, stream);
+      } else {
+        launch<Of>(args, blocks, index, stream);
+      }
     }
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (causal) {
@@ -923,6 +813,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       }
     }
     launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
+    if constexpr (has_long) {
+      if (many_queries) {
+        attend_many<T, F>(args, gpu.multiprocessors, index, stream);
+        return;
+      }
+    }
     if (args.query_steps > 0) {
       launch<Plan<Pass::queries, F>>(args, std::min(heads * args.query_steps, resident), index, stream);
     }

@@ -1014,6 +1014,21 @@ def test_10_large_inputs_of_the_native_kernel(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masked", (False, True), ids=("all", "masked"))
+@pytest.mark.parametrize("kind", ("positive", "oprf", "exp"))
+def test_many_tokens_of_the_native_kernel(kind: str, masked: bool) -> None:
+    """Heads divided among blocks that have many tiles each, with a projection for each head."""
+    one = inputs(2, 8, 4, 20003, 64, 64, 128, kind=kind, device="cuda", dtype=torch.bfloat16)
+    one["omega"] = draw(4, 128, 64, seed=3, device="cuda", dtype=torch.bfloat16)
+    mask = draw(2, 20003, seed=6, device="cuda") > -0.5 if masked else None
+    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}
+    same, exact = (linear_attention(**x, mask=mask, backend="reference") for x in (one, wide))
+    y, again = (linear_attention(**one, mask=mask, backend="native") for _ in range(2))
+    assert_bitwise(y, again)
+    assert_accurate(y, same, exact)
+
+
+@pytest.mark.gpu
 def test_native_names_who_can() -> None:
     for dtype, others in ((torch.float64, "'reference'"), (torch.float32, "'triton' or 'reference'")):
         message = f"linear_attention: backend must be {others} for {str(dtype)[6:]}, got 'native'"
