@@ -78,6 +78,11 @@ struct QueryMemory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// This thread's warpgroup, in a way that tells the compiler that a warp's threads agree.
+__device__ __forceinline__ int warpgroup() {
+  return __shfl_sync(~0u, threadIdx.x / 128, 0);
+}
+
 // Of all threads of a warp, whose count is one.
 __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
   __syncwarp();
@@ -269,7 +274,7 @@ struct KeySums {
   __device__ __forceinline__ KeySums(const Args<T>& args, const KeyMemory<Of>& memory)
       : args(args),
         memory(memory),
-        of_omega(operand(memory.omega + threadIdx.x / 128 * 64 * pieces)),
+        of_omega(operand(memory.omega + warpgroup() * 64 * pieces)),
         all_keys(operand(memory.stages)),
         all_values(operand(memory.stages + Of::matrix)) {}
 
@@ -695,7 +700,7 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
   }
   change_registers<registers, walk_registers>();
   wait_for_previous();
-  const int group = threadIdx.x / 128 - 1;
+  const int group = warpgroup() - 1;
   QueryRows<Of, T> rows(args, memory, group);
   for (int i = 0, number = 0; i < at.count; ++number) {
     const int count = min(args.query_steps - at.tile, at.count - i), skipped = (i + group) % groups;
