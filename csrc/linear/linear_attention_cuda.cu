@@ -784,9 +784,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     const bool many_queries = has_long && int64_t{args.queries} * args.row_tiles >= least_row_tiles &&
                               all_row_tiles >= 2 * many * gpu.multiprocessors;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
-    args.key_blocks =
-        static_cast<int>(causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
-                                : std::min(heads * args.key_tiles, many_keys ? int64_t{gpu.multiprocessors} : resident));
+    args.key_blocks = static_cast<int>(
+        causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
+               : std::min(heads * args.key_tiles, many_keys ? int64_t{gpu.multiprocessors} : resident));
     // As many pieces as run at once, of 8 tiles or more: what is summed in pieces has to be added.
     const int64_t pieces_at_once = std::min(resident, heads * args.key_tiles / 8);
     args.share_pieces = causal ? static_cast<int>(std::max(pieces_at_once / args.key_blocks, int64_t{1})) : 0;
