@@ -757,6 +757,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.key_tiles = std::max(ceil_div(S, plan.keys), 1);  // no keys: one tile of none
       args.query_steps = ceil_div(int64_t{args.queries} * args.row_tiles, plan.groups);
     };
+    constexpr bool has_many = F == 128 && std::is_same_v<T, BFloat16>;  // kernels for many tiles
+    constexpr int64_t many = 8;                                         // of a warpgroup
+    const int64_t row_tiles = int64_t{args.queries} * args.row_tiles;
+    const bool many_keys = has_many && !causal && heads * ceil_div(S, 128) >= many * gpu.multiprocessors;
+    const bool many_queries =
+        has_many && row_tiles >= least_row_tiles && heads * row_tiles >= 2 * many * gpu.multiprocessors;
     if constexpr (F < 256) {
       using Of = Plan<Pass::both, F>;
       const bool is_short = !causal && !need_state && H > 0 && L > 0 && L <= 64 && S > 0 && S <= 64;
@@ -777,12 +783,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     using Of = Plan<Pass::keys, F>;
     divide(Of{});
     args.key_tile = Of::keys;
-    constexpr bool has_long = F == 128 && std::is_same_v<T, BFloat16>;  // kernels for many tiles
-    constexpr int many = 8;                                             // steps of a block's warpgroups
-    const int64_t all_row_tiles = heads * args.queries * args.row_tiles;
-    const bool many_keys = has_long && !causal && heads * args.key_tiles >= many * gpu.multiprocessors;
-    const bool many_queries = has_long && int64_t{args.queries} * args.row_tiles >= least_row_tiles &&
-                              all_row_tiles >= 2 * many * gpu.multiprocessors;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
     args.key_blocks = static_cast<int>(
         causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
@@ -800,7 +800,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
       args.part_z = args.exponents + of_heads;
       args.part_c = args.part_z + of_parts;
-      if constexpr (has_long) {
+      if constexpr (has_many) {
         many_keys ? sum_many_keys<T, F>(args, index, stream) : launch<Of>(args, blocks, index, stream);
       } else {
         launch<Of>(args, blocks, index, stream);
@@ -813,7 +813,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       }
     }
     launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
-    if constexpr (has_long) {
+    if constexpr (has_many) {
       if (many_queries) {
         attend_many<T, F>(args, gpu.multiprocessors, index, stream);
         return;
