@@ -708,8 +708,10 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
     if (own > 0) {
       rows.attend(at.head, number, at.tile + skipped, own);
     }
-    warp_arrive(memory.done + number % 2);
     i += count;
+    if (i < at.count) {  // not for a last head that this warpgroup may have nothing of: it would not have waited for it
+      warp_arrive(memory.done + number % 2);
+    }
     at.tile = 0;
     at.next_head(args);
   }
