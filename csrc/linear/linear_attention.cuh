@@ -237,8 +237,7 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 #endif
 
 // With three kernels, those for keys and for queries where a multiprocessor has many tiles: of 128 keys, shared by
-// args.key_blocks blocks, one to a multiprocessor; and of 64 queries, of which a key head has least_row_tiles or more.
-constexpr int least_row_tiles = 10;
+// args.key_blocks blocks, one to a multiprocessor; and of 64 queries.
 
 template <typename T, int M>
 void sum_many_keys(const Args<T>& args, int device, cudaStream_t stream);

@@ -761,8 +761,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     constexpr int64_t many = 8;                                         // of a warpgroup
     const int64_t row_tiles = int64_t{args.queries} * args.row_tiles;
     const bool many_keys = has_many && !causal && heads * ceil_div(S, 128) >= many * gpu.multiprocessors;
-    const bool many_queries =
-        has_many && row_tiles >= least_row_tiles && heads * row_tiles >= 2 * many * gpu.multiprocessors;
+    const bool many_queries = has_many && heads * row_tiles >= 2 * many * gpu.multiprocessors;
     if constexpr (F < 256) {
       using Of = Plan<Pass::both, F>;
       const bool is_short = !causal && !need_state && H > 0 && L > 0 && L <= 64 && S > 0 && S <= 64;

@@ -26,7 +26,7 @@ struct KeyPlan {
   static constexpr int keys = 128;             // of a tile
   static constexpr int matrix = keys * pieces;
   static constexpr int stage = 2 * matrix;
-  static constexpr int stages = 6, ahead = 3;  // tiles, and of them under way
+  static constexpr int stages = 6;  // tiles
   static constexpr size_t bytes =
       16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(uint64_t) * 2 * stages;
   static_assert(M == 64 * groups && bytes + 1024 <= 228 * 1024);
@@ -38,9 +38,9 @@ struct QueryPlan {
   static constexpr int features = M * pieces;
   static constexpr int rows = 64;  // queries of a tile
   static constexpr int matrix = rows * pieces;
-  static constexpr int stages = 16, ahead = 10;
+  static constexpr int stages = 16;
   static constexpr size_t bytes =
-      16 * (4 * features + stages * matrix) + sizeof(float) * 2 * M + sizeof(uint64_t) * (2 * stages + 2);
+      16 * (4 * features + stages * matrix) + sizeof(float) * 2 * M + sizeof(uint64_t) * 2 * stages;
   static_assert(M == 128 && stages % groups == 0 && bytes + 1024 <= 228 * 1024);
 };
 
@@ -63,8 +63,7 @@ template <typename Of>
 struct QueryMemory {
   uint4 *omega, *means, *ring;
   float* exponents;
-  uint64_t *landed, *left;  // a tile is there, with what its head needs; it is no longer needed
-  uint64_t* done;           // what a head needs is no longer needed
+  uint64_t *landed, *left;  // a tile is there; it is no longer needed
 
   __device__ __forceinline__ explicit QueryMemory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
@@ -72,8 +71,7 @@ struct QueryMemory {
         ring(means + 2 * Of::features),
         exponents(reinterpret_cast<float*>(ring + Of::stages * Of::matrix)),
         landed(reinterpret_cast<uint64_t*>(exponents + 2 * Of::M)),
-        left(landed + Of::stages),
-        done(left + Of::stages) {}
+        left(landed + Of::stages) {}
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -81,6 +79,10 @@ struct QueryMemory {
 // This thread's warpgroup, in a way that tells the compiler that a warp's threads agree.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(~0u, threadIdx.x / 128, 0);
+}
+
+__device__ __forceinline__ int warp_of_four() {
+  return __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
 }
 
 // Of all threads of a warp, whose count is one.
@@ -155,110 +157,83 @@ __device__ __forceinline__ void round_weights(uint32_t (&weights)[8][4], const f
   }
 }
 
-// The warpgroup that copies a block's keys and values, tile by tile. A warp has 32 rows, a thread a piece of each
-// fourth.
+// A warp starts to copy rows, zero where a bit of `inside` is: a lane has a piece of each fourth.
+template <int Rows, typename T>
+__device__ __forceinline__ void copy_rows(const T* rows, int64_t stride, uint32_t inside, uint4* to) {
+  constexpr int step = 32 / pieces;
+  const int row = threadIdx.x % 32 / pieces, u = threadIdx.x % pieces;
+  // A step of 4 rows changes a bit of the swizzle, since the first row is less than 4.
+  const int even = piece(row, u), odd = even ^ 4;
+  const T* from = rows + row * stride + u * 8;
+#pragma unroll
+  for (int n = 0; n < Rows / step; ++n) {
+    copy_async<16>(to + (n % 2 == 0 ? even : odd) + n * step * pieces, from, inside >> n & 1);
+    from += step * stride;
+  }
+}
+
+// Which of a lane's rows of a tile take part.
+template <int Rows, typename Takes>
+__device__ __forceinline__ uint32_t rows_inside(Takes&& takes) {
+  uint32_t inside = 0;
+#pragma unroll 4
+  for (int n = 0; n < Rows / 4; ++n) {
+    inside |= takes(threadIdx.x % 32 / pieces + 4 * n) ? 1u << n : 0u;
+  }
+  return inside;
+}
+
+// The exponents that a tile's keys add to their projections, by a warp.
 template <typename Of, typename T>
-struct KeyCopies {
-  static constexpr int step = 32 / pieces, count = 32 / step;
-
-  const Args<T>& args;
-  const KeyMemory<Of>& memory;
-  Place at;        // the next tile's head
-  int first, row;  // its first key, and this thread's first row of a tile
-  const T *k, *v;  // this thread's first pieces
-
-  __device__ __forceinline__ KeyCopies(const Args<T>& args, const KeyMemory<Of>& memory, const Place& at)
-      : args(args),
-        memory(memory),
-        at(at),
-        first(at.tile * Of::keys),
-        row(threadIdx.x % 128 / 32 * 32 + threadIdx.x % 32 / pieces) {
-    find();
+__device__ __forceinline__ void fill_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int own = 0; own < Of::keys; own += 16) {
+    float norms[2] = {0, 0};
+    if (args.norm != 0) {
+      find_norms<T>(k + own * pieces, norms);
+    }
+    if (lane % 4 == lane / 8) {
+      const int key = own + lane / 4;
+      to[key] = takes_part(args, b, first + key) ? norms[0] * args.norm : masked;
+      to[key + 8] = takes_part(args, b, first + key + 8) ? norms[1] * args.norm : masked;
+    }
   }
+}
 
-  __device__ __forceinline__ void find() {
-    const int64_t key = first + row;
-    const int u = threadIdx.x % pieces;
-    k = args.k.at(at.b, at.h) + key * args.k.l + u * 8;
-    v = args.v.at(at.b, at.h) + key * args.v.l + u * 8;
-  }
-
-  __device__ __forceinline__ void start(int stage) {
+// A block's keys and values, by the warpgroup that copies. Each warp takes whole tiles in turn, so that it has no copy
+// under way where it makes one visible: that waits for all.
+template <typename Of, typename T>
+__device__ __forceinline__ void copy_keys(const Args<T>& args, const KeyMemory<Of>& memory, Place at) {
+  const int warp = warp_of_four();
+  Turn<Of::stages> turn;
+  turn.move(warp);
+  at.tile += warp;
+  for (int i = warp; i < at.count; i += 4) {
+    while (at.tile >= args.key_tiles) {
+      at.tile -= args.key_tiles;
+      at.next_head(args);
+    }
+    const int first = at.tile * Of::keys;
+    const int64_t row = first;
+    uint4* stage = memory.stages + turn.at * Of::stage;
     uint32_t inside = ~0u;
     if (first + Of::keys > args.S || args.mask != nullptr) {
-      inside = 0;
-#pragma unroll
-      for (int n = 0; n < count; ++n) {
-        inside |= takes_part(args, at.b, first + row + n * step) ? 1u << n : 0u;
-      }
+      inside = rows_inside<Of::keys>([&](int row) { return takes_part(args, at.b, first + row); });
     }
-    uint4* to = memory.stages + stage * Of::stage;
-    copy(k, args.k.l, inside, to);
-    copy(v, args.v.l, inside, to + Of::matrix);
-    first += Of::keys;
-    if (first >= args.S) {
-      first = 0;
-      at.next_head(args);
-      find();
-    } else {
-      k += Of::keys * args.k.l;
-      v += Of::keys * args.v.l;
-    }
+    barrier_wait(memory.left + turn.at, turn.parity ^ 1);
+    copy_rows<Of::keys>(args.k.at(at.b, at.h) + row * args.k.l, args.k.l, inside, stage);
+    copy_rows<Of::keys>(args.v.at(at.b, at.h) + row * args.v.l, args.v.l, inside, stage + Of::matrix);
+    copies_end();
+    copies_wait<0>();
+    copies_visible();
+    __syncwarp();
+    fill_bias<Of>(args, stage, at.b, first, memory.key_bias + turn.at * Of::keys);
+    warp_arrive(memory.landed + turn.at);
+    turn.move(4);
+    at.tile += 4;
   }
-
-  __device__ __forceinline__ void copy(const T* from, int64_t stride, uint32_t inside, uint4* to) const {
-    // A step of 4 rows changes a bit of the swizzle, since the first row is less than 4 modulo 8.
-    const int even = piece(row, threadIdx.x % pieces), odd = even ^ 4;
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-      copy_async<16>(to + (n % 2 == 0 ? even : odd) + n * step * pieces, from, inside >> n & 1);
-      from += step * stride;
-    }
-  }
-
-  // The exponents that a warp's keys add to their projections.
-  __device__ __forceinline__ void fill_bias(int stage, int b, int first) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int own = threadIdx.x % 128 / 32 * 32 + half * 16, key = own + lane / 4;
-      float norms[2] = {0, 0};
-      if (args.norm != 0) {
-        find_norms<T>(memory.stages + stage * Of::stage + own * pieces, norms);
-      }
-      if (lane % 4 == lane / 8) {
-        float* to = memory.key_bias + stage * Of::keys + key;
-        to[0] = takes_part(args, b, first + key) ? norms[0] * args.norm : masked;
-        to[8] = takes_part(args, b, first + key + 8) ? norms[1] * args.norm : masked;
-      }
-    }
-  }
-
-  // The first tiles' copies are under way, a group for each.
-  __device__ __forceinline__ void walk(const Place& begin) {
-    Turn<Of::stages> turn, next;
-    next.move(Of::ahead);
-    Place place = begin;
-    for (int i = 0; i < begin.count; ++i) {
-      copies_wait<Of::ahead - 1>();
-      copies_visible();
-      __syncwarp();
-      fill_bias(turn.at, place.b, place.tile * Of::keys);
-      warp_arrive(memory.landed + turn.at);
-      turn.move();
-      if (++place.tile == args.key_tiles) {
-        place.tile = 0;
-        place.next_head(args);
-      }
-      if (i + Of::ahead < begin.count) {
-        barrier_wait(memory.left + next.at, next.parity ^ 1);
-        start(next.at);
-        next.move();
-      }
-      copies_end();
-    }
-  }
-};
+}
 
 // A warpgroup for 64 features: their sums over a block's tiles of keys, relative to 2^c.
 template <typename Of, typename T>
@@ -402,88 +377,63 @@ struct KeySums {
   }
 };
 
-// The warpgroup that copies a block's queries, and what a head's need. A thread has a piece of each sixteenth row.
+// A block's queries, by the warpgroup that copies: each warp takes two tiles in turn.
 template <typename Of, typename T>
-struct QueryCopies {
-  const Args<T>& args;
-  const QueryMemory<Of>& memory;
-  Place at;        // of the next tile
-  QueryTile tile;  // the same
-  int number = 0;  // of its head, in this block
-
-  __device__ __forceinline__ QueryCopies(const Args<T>& args, const QueryMemory<Of>& memory, const Place& at)
-      : args(args), memory(memory), at(at), tile(args, at.tile) {}
-
-  // The means are there when the kernel before has ended.
-  __device__ __forceinline__ void start_head() const {
-    const int set = number % 2;
-    fill_projection<T, Of::M, 128>(args.projection, at.h, memory.omega + set * Of::features);
-    const T* from = args.means + static_cast<int64_t>(at.head) * Of::features * 8;
-    uint4* to = memory.means + set * Of::features;
-#pragma unroll
-    for (int n = threadIdx.x; n < Of::features; n += 128) {
-      copy_async<16>(to + piece(n / pieces, n % pieces), from + n * 8, true);
-    }
-    copy_async<4>(memory.exponents + set * Of::M + threadIdx.x,
-                  args.exponents + static_cast<int64_t>(at.head) * Of::M + threadIdx.x, true);
-  }
-
-  __device__ __forceinline__ void start(int stage) {
-    fetch<128, Of::rows>(args.q.at(at.b, at.h * args.queries + tile.head), args.q.l, tile.row * Of::rows,
-                         memory.ring + stage * Of::matrix, [&](int row) { return row < args.L; });
-    tile.move(args, 1);
-    if (++at.tile == args.query_steps) {
-      at.tile = 0;
-      at.next_head(args);
-      tile = QueryTile(args, 0);
-      ++number;
-    }
-  }
-
-  // The same, of a tile that may be a head's first. All tiles of the head before the last have landed then, for a head
-  // has as many as are under way.
-  __device__ __forceinline__ void start_next(int stage) {
-    if (at.tile == 0) {
-      if (number > 1) {
-        barrier_wait(memory.done + number % 2, (number / 2 + 1) % 2);
+__device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMemory<Of>& memory, Place at) {
+  const int warp = warp_of_four();
+  Turn<Of::stages> turn;
+  turn.move(2 * warp);
+  at.tile += 2 * warp;
+  for (int i = 2 * warp; i < at.count; i += 8) {
+    const int tiles = min(at.count - i, 2);
+    for (int n = 0; n < tiles; ++n) {
+      while (at.tile >= args.query_steps) {
+        at.tile -= args.query_steps;
+        at.next_head(args);
       }
-      start_head();
-    }
-    start(stage);
-  }
-
-  __device__ __forceinline__ void walk(int count) {
-    const QueryCopies first = *this;
-    int started = 0;
-    for (; started < min(Of::ahead, count) && number == 0; ++started) {
-      start(started);
-    }
-    wait_for_previous();
-    first.start_head();
-    for (; started < min(Of::ahead, count); ++started) {
-      start_next(started);
+      const int query = static_cast<uint32_t>(at.tile) / static_cast<uint32_t>(args.row_tiles);
+      const int first = (at.tile - query * args.row_tiles) * Of::rows;
+      uint32_t inside = ~0u;
+      if (first + Of::rows > args.L) {
+        inside = rows_inside<Of::rows>([&](int row) { return first + row < args.L; });
+      }
+      barrier_wait(memory.left + turn.at + n, turn.parity ^ 1);
+      copy_rows<Of::rows>(args.q.at(at.b, at.h * args.queries + query) + first * args.q.l, args.q.l, inside,
+                          memory.ring + (turn.at + n) * Of::matrix);
+      ++at.tile;
     }
     copies_end();
-    Turn<Of::stages> turn, next;
-    next.move(Of::ahead);
-    for (int i = 0; i < count; ++i) {
-      if (i == 0) {
-        copies_wait<0>();
-      } else {
-        copies_wait<Of::ahead - 1>();
-      }
-      copies_visible();
-      warp_arrive(memory.landed + turn.at);
-      turn.move();
-      if (i + Of::ahead < count) {
-        barrier_wait(memory.left + next.at, next.parity ^ 1);
-        start_next(next.at);
-        next.move();
-      }
-      copies_end();
+    copies_wait<0>();
+    copies_visible();
+    for (int n = 0; n < tiles; ++n) {
+      warp_arrive(memory.landed + turn.at + n);
     }
+    turn.move(8);
+    at.tile += 6;
   }
-};
+}
+
+// What a head's queries need, by the others: the projection, and the means and exponents, which are there when the
+// kernel before has ended.
+template <typename Of, typename T>
+__device__ __forceinline__ void start_projection_of(const Args<T>& args, const QueryMemory<Of>& memory, const Place& at,
+                                                    int set) {
+  fill_projection<T, Of::M, walkers>(args.projection, at.h, memory.omega + set * Of::features);
+}
+
+template <typename Of, typename T>
+__device__ __forceinline__ void start_means(const Args<T>& args, const QueryMemory<Of>& memory, int head, int set) {
+  const T* from = args.means + static_cast<int64_t>(head) * Of::features * 8;
+  uint4* to = memory.means + set * Of::features;
+#pragma unroll
+  for (int n = threadIdx.x; n < Of::features; n += walkers) {
+    copy_async<16>(to + piece(n / pieces, n % pieces), from + n * 8, true);
+  }
+  if (threadIdx.x < Of::M) {
+    copy_async<4>(memory.exponents + set * Of::M + threadIdx.x,
+                  args.exponents + static_cast<int64_t>(head) * Of::M + threadIdx.x, true);
+  }
+}
 
 // A warpgroup that makes the rows of every second tile of a block's.
 template <typename Of, typename T>
@@ -588,9 +538,8 @@ struct QueryRows {
     }
   }
 
-  // Of `count` tiles of a head's queries, each second from number `tile` on, with the block's head `number`.
-  __device__ __forceinline__ void attend(int head, int number, int tile, int count) {
-    const int set = number % 2;
+  // Of `count` tiles of a head's queries, each second from number `tile` on, with what is in `set`.
+  __device__ __forceinline__ void attend(int head, int set, int tile, int count) {
     of_omega = operand(memory.omega + set * Of::features);
     of_means = operand(memory.means + set * Of::features);
     exponents = memory.exponents + set * Of::M;
@@ -634,25 +583,19 @@ __global__ void __launch_bounds__(threads, 1) many_keys_kernel(const Args<T> arg
   // In this order: the next kernels read queries before they wait, for this one alone.
   wait_for_previous();
   let_next_begin();
-  if (threadIdx.x >= walkers) {
-    KeyCopies<Of, T> copies(args, memory, at);
-    for (int i = 0; i < Of::ahead; ++i) {
-      if (i < at.count) {
-        copies.start(i);
-      }
-      copies_end();
-    }
-    __syncthreads();
-    change_registers<registers, copy_registers>();
-    copies.walk(at);
-    return;
-  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < Of::stages; ++i) {
-      barrier_prepare(memory.landed + i, (threads - walkers) / 32);
+      barrier_prepare(memory.landed + i, 1);  // of the warp that has copied the tile
       barrier_prepare(memory.left + i, walkers / 32);
     }
   }
+  __syncthreads();
+  if (threadIdx.x >= walkers) {
+    change_registers<registers, copy_registers>();
+    copy_keys(args, memory, at);
+    return;
+  }
+  change_registers<registers, walk_registers>();
   const auto fill = [&] {
     fill_projection<T, Of::M, walkers>(args.projection, at.h, memory.omega);
     copies_end();
@@ -660,8 +603,7 @@ __global__ void __launch_bounds__(threads, 1) many_keys_kernel(const Args<T> arg
     copies_visible();
   };
   fill();
-  __syncthreads();
-  change_registers<registers, walk_registers>();
+  barrier_sync<3, walkers>();
   KeySums<Of, T> sums(args, memory);
   for (int i = 0; i < at.count;) {
     if (i > 0 && args.projection.head != 0) {
@@ -686,34 +628,40 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
   Place at = Place::share(args, args.query_steps);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Of::stages; ++i) {
-      barrier_prepare(memory.landed + i, (threads - walkers) / 32);
-      barrier_prepare(memory.left + i, 128 / 32);  // of the warpgroup that has had the tile
+      barrier_prepare(memory.landed + i, 1);       // of the warp that has copied the tile
+      barrier_prepare(memory.left + i, 128 / 32);  // of the warpgroup that has had it
     }
-    barrier_prepare(memory.done, walkers / 32);
-    barrier_prepare(memory.done + 1, walkers / 32);
   }
   __syncthreads();
-  if (threadIdx.x < threads - walkers) {
+  if (threadIdx.x >= walkers) {
     change_registers<registers, copy_registers>();
-    QueryCopies<Of, T>(args, memory, at).walk(at.count);
+    copy_queries(args, memory, at);
     return;
   }
   change_registers<registers, walk_registers>();
+  start_projection_of(args, memory, at, 0);
   wait_for_previous();
-  const int group = warpgroup() - 1;
+  start_means(args, memory, at.head, 0);
+  copies_end();
+  const int group = warpgroup();
   QueryRows<Of, T> rows(args, memory, group);
-  for (int i = 0, number = 0; i < at.count; ++number) {
+  for (int i = 0, set = 0; i < at.count; set ^= 1) {
+    copies_wait<0>();
+    copies_visible();
+    barrier_sync<1, walkers>();  // this head's are there, and everyone has left those of the head before
     const int count = min(args.query_steps - at.tile, at.count - i), skipped = (i + group) % groups;
-    const int own = (count - skipped + groups - 1) / groups;
-    if (own > 0) {
-      rows.attend(at.head, number, at.tile + skipped, own);
-    }
+    const int head = at.head, tile = at.tile + skipped, own = (count - skipped + groups - 1) / groups;
     i += count;
-    if (i < at.count) {  // not for a last head that this warpgroup may have nothing of: it would not have waited for it
-      warp_arrive(memory.done + number % 2);
-    }
     at.tile = 0;
     at.next_head(args);
+    if (i < at.count) {
+      start_projection_of(args, memory, at, set ^ 1);
+      start_means(args, memory, at.head, set ^ 1);
+      copies_end();
+    }
+    if (own > 0) {
+      rows.attend(head, set, tile, own);
+    }
   }
 #endif
 }
@@ -732,7 +680,6 @@ void sum_many_keys(const Args<T>& args, int device, cudaStream_t stream) {
 template <typename T, int M>
 void attend_many(Args<T> args, int multiprocessors, int device, cudaStream_t stream) {
   using Of = QueryPlan<M>;
-  static_assert(Of::ahead <= least_row_tiles);
   args.query_steps = args.queries * args.row_tiles;
   const auto kernel = many_queries_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
