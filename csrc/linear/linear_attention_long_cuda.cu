@@ -481,6 +481,7 @@ struct QueryRows {
     largest_of_four(top);
     sum[0] = sum[1] = 0;
     weigh(s, top, sum);
+    sum_of_four(sum);
   }
 
   // The rows of the tile before, the weights of this one, the projection of the next.
@@ -512,7 +513,7 @@ struct QueryRows {
   __device__ __forceinline__ void store_rows() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float inverse = __fdividef(1, sum_of_four(total[i]));
+      const float inverse = __fdividef(1, total[i]);
       float low[8], high[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
