@@ -39,8 +39,8 @@ struct Plan {
   static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;  // tiles of a warpgroup
   static constexpr int rings = groups * ring * rows * pieces;
   static constexpr int pool = pass == Pass::queries ? rings : stages * stage;
-  static constexpr bool ahead =
-      pass == Pass::keys && M == 128;  // whether a tile's biases are made during the one before
+  // Whether a tile's biases are made during the tile before.
+  static constexpr bool ahead = pass == Pass::keys && M == 128;
   static constexpr int biases = ahead ? 2 * keys : keys;
   static constexpr int floats = pass == Pass::both ? M + biases : pass == Pass::keys ? biases : 2 * M;
   static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;

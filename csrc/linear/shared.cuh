@@ -124,9 +124,9 @@ __device__ __forceinline__ void rescale(float (&rows)[R], const float (&factor)[
   }
 }
 
-// s scaled, with the exponents of its columns.
-template <int R>
-__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents) {
+// s scaled, with the exponents of its columns. Calls take with each pair of values and the number of its row.
+template <int R, typename Take>
+__device__ __forceinline__ void each_exponent(float (&s)[R], float scale, const float* exponents, Take&& take) {
   const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < R / 4; ++j) {
@@ -136,8 +136,20 @@ __device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const 
       float &x = s[4 * j + 2 * i], &y = s[4 * j + 2 * i + 1];
       x = fmaf(x, scale, e.x);
       y = fmaf(y, scale, e.y);
+      take(i, x, y);
     }
   }
+}
+
+template <int R>
+__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents) {
+  each_exponent(s, scale, exponents, [](int, float, float) {});
+}
+
+// The same, and the largest of this thread's two rows.
+template <int R>
+__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
+  each_exponent(s, scale, exponents, [&](int i, float x, float y) { top[i] = fmaxf(top[i], fmaxf(x, y)); });
 }
 
 // The largest of this thread's two rows.
@@ -146,23 +158,6 @@ __device__ __forceinline__ void find_largest(const float (&s)[R], float (&top)[2
 #pragma unroll
   for (int i = 0; i < R; i += 2) {
     top[i / 2 % 2] = fmaxf(top[i / 2 % 2], fmaxf(s[i], s[i + 1]));
-  }
-}
-
-// s scaled, with the exponents of its columns; the largest of this thread's two rows.
-template <int R>
-__device__ __forceinline__ void add_exponents(float (&s)[R], float scale, const float* exponents, float (&top)[2]) {
-  const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < R / 4; ++j) {
-    const float2 e = pairs[4 * j];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float &x = s[4 * j + 2 * i], &y = s[4 * j + 2 * i + 1];
-      x = fmaf(x, scale, e.x);
-      y = fmaf(y, scale, e.y);
-      top[i] = fmaxf(top[i], fmaxf(x, y));
-    }
   }
 }
 

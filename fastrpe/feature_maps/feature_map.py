@@ -140,13 +140,17 @@ class FeatureMap(nn.Module):
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Draw a new projection: from the generator, the seed, or PyTorch's generator."""
+        if generator is None and self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.draws)
+        self._draw(generator)
+        self.draws += 1
+
+    def _draw(self, generator: torch.Generator | None) -> None:
+        """Draw all that is random, a subclass's own after the projection."""
         if self.omega is not None:
-            if generator is None and self.seed is not None:
-                generator = torch.Generator().manual_seed(self.seed + self.draws)
             batch = () if self.num_heads is None else (self.num_heads,)
             W = PROJECTIONS[self.projection](self.num_features, self.head_dim, batch=batch, generator=generator)
             self.omega.copy_(precondition(W, generator=generator) if self.preconditioned else W)
-        self.draws += 1
 
     def step(self) -> None:
         """Count a training step, and draw a new projection where ``redraw_every`` says so; nothing in eval mode.

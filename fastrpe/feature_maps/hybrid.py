@@ -62,11 +62,8 @@ class HybridFeatures(FeatureMap):
         self._check(q, k, causal)
         return self._hybrid(q, "row", 1.0), self._hybrid(k, None if causal else "global", -1.0)
 
-    @torch.no_grad()
-    def redraw(self, generator: torch.Generator | None = None) -> None:
-        if generator is None and self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed + self.draws)
-        super().redraw(generator)
+    def _draw(self, generator: torch.Generator | None) -> None:
+        super()._draw(generator)
         if "angles" not in self._buffers:
             assert self.omega is not None
             self.register_buffer("angles", torch.empty(self._size, dtype=self.omega.dtype))

@@ -118,11 +118,8 @@ class MaskedFeatures(FeatureMap):
         phi_q = self._masked(q, v_q, "row" if stabilized else None)
         return phi_q, self._masked(k, v_k, "global" if stabilized and not causal else None)
 
-    @torch.no_grad()
-    def redraw(self, generator: torch.Generator | None = None) -> None:
-        if generator is None and self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed + self.draws)
-        super().redraw(generator)
+    def _draw(self, generator: torch.Generator | None) -> None:
+        super()._draw(generator)
         assert self.omega is not None
         if self.form == "tensor":
             self.sketch = None
