@@ -189,11 +189,10 @@ __device__ __forceinline__ void find_norms(const uint4* rows, float (&norms)[2])
   norms[1] = is_odd ? high[3] : high[2];
 }
 
-// Whether exponents of this warp's features are nowhere far above c, so that maxima need not be looked for any more:
-// scale w k - |scale k|^2 / 2 is at most |w|^2 / 2. bfloat16 has room for what is above.
+// The largest exponents that keys can have with this thread's features: scale w k - |scale k|^2 / 2 is at most
+// |w|^2 / 2.
 template <typename T>
-__device__ __forceinline__ bool bounds(const uint4* omega, const float (&c)[2]) {
-  constexpr float room = 64;
+__device__ __forceinline__ void find_bounds(const uint4* omega, float (&bounds)[2]) {
   const int feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   float squares[2] = {0, 0};
 #pragma unroll
@@ -209,7 +208,8 @@ __device__ __forceinline__ bool bounds(const uint4* omega, const float (&c)[2]) 
     }
   }
   sum_of_four(squares);
-  return !__any_sync(~0u, c[0] < squares[0] * (log2e / 2) - room || c[1] < squares[1] * (log2e / 2) - room);
+  bounds[0] = squares[0] * (log2e / 2);
+  bounds[1] = squares[1] * (log2e / 2);
 }
 
 // A thread's share of the sums over a head's keys, to this block's slot.
@@ -237,10 +237,10 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 #endif
 
 // With three kernels, those for keys and for queries where a multiprocessor has many tiles: of 128 keys, shared by
-// args.key_blocks blocks, one to a multiprocessor; and of 64 queries.
+// args.key_blocks blocks, one to a multiprocessor; and of 64 queries. False where keys and values cannot be copied so.
 
 template <typename T, int M>
-void sum_many_keys(const Args<T>& args, int device, cudaStream_t stream);
+bool sum_many_keys(const Args<T>& args, int device, cudaStream_t stream);
 
 template <typename T, int M>
 void attend_many(Args<T> args, int multiprocessors, int device, cudaStream_t stream);

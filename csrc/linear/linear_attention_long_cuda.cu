@@ -27,9 +27,10 @@ struct KeyPlan {
   static constexpr int matrix = keys * pieces;
   static constexpr int stage = 2 * matrix;
   static constexpr int stages = 6;  // tiles
+  static constexpr int preparers = 3;  // warps
   static constexpr size_t bytes =
-      16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(uint64_t) * 2 * stages;
-  static_assert(M == 64 * groups && bytes + 1024 <= 228 * 1024);
+      16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(uint64_t) * 3 * stages;
+  static_assert(M == 64 * groups && stages % preparers == 0 && bytes + 1024 <= 228 * 1024);
 };
 
 template <int Features>
@@ -48,14 +49,15 @@ template <typename Of>
 struct KeyMemory {
   uint4 *omega, *stages;
   float* key_bias;
-  uint64_t *landed, *left;  // a tile is there, with its biases; it is no longer needed
+  uint64_t *landed, *ready, *left;  // a tile is there; with its biases; no longer needed
 
   __device__ __forceinline__ explicit KeyMemory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         stages(omega + Of::features),
         key_bias(reinterpret_cast<float*>(stages + Of::stages * Of::stage)),
         landed(reinterpret_cast<uint64_t*>(key_bias + Of::stages * Of::keys)),
-        left(landed + Of::stages) {}
+        ready(landed + Of::stages),
+        left(ready + Of::stages) {}
 };
 
 // Two projections and sets of means and exponents, of neighbouring heads.
@@ -137,7 +139,19 @@ __device__ __forceinline__ void start_values(float (&sums)[32], const uint32_t (
   products_end();
 }
 
-// s becomes the weights 2^(s - top); total += what they add up to.
+// s becomes the weights 2^s; total += what they add up to.
+__device__ __forceinline__ void weigh(float (&s)[64], float (&total)[2]) {
+#pragma unroll
+  for (int n = 0; n < 32; ++n) {
+    float &x = s[2 * n], &y = s[2 * n + 1];
+    x = exp2_approximate(x);
+    y = exp2_approximate(y);
+    total[n % 2] += x + y;
+  }
+  pin(s);
+}
+
+// The same, 2^(s - top).
 __device__ __forceinline__ void weigh(float (&s)[64], const float (&top)[2], float (&total)[2]) {
 #pragma unroll
   for (int n = 0; n < 32; ++n) {
@@ -183,55 +197,83 @@ __device__ __forceinline__ uint32_t rows_inside(Takes&& takes) {
   return inside;
 }
 
-// The exponents that a tile's keys add to their projections, by a warp.
+// A block's keys and values, by a warp: tile by tile, as places become free.
 template <typename Of, typename T>
-__device__ __forceinline__ void fill_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 2
-  for (int own = 0; own < Of::keys; own += 16) {
-    float norms[2] = {0, 0};
-    if (args.norm != 0) {
-      find_norms<T>(k + own * pieces, norms);
+__device__ __forceinline__ void copy_keys(const Args<T>& args, const KeyMemory<Of>& memory, const CUtensorMap& k,
+                                          const CUtensorMap& v, Place at) {
+  Turn<Of::stages> turn;
+  for (int i = 0; i < at.count; ++i) {
+    barrier_wait(memory.left + turn.at, turn.parity ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      uint4* stage = memory.stages + turn.at * Of::stage;
+      uint64_t* landed = memory.landed + turn.at;
+      barrier_expect(landed, 16 * Of::stage);
+      copy_tile(stage, k, at.b, at.h, at.tile * Of::keys, landed);
+      copy_tile(stage + Of::matrix, v, at.b, at.h, at.tile * Of::keys, landed);
     }
-    if (lane % 4 == lane / 8) {
-      const int key = own + lane / 4;
-      to[key] = takes_part(args, b, first + key) ? norms[0] * args.norm : masked;
-      to[key + 8] = takes_part(args, b, first + key + 8) ? norms[1] * args.norm : masked;
+    __syncwarp();
+    turn.move();
+    if (++at.tile == args.key_tiles) {
+      at.tile = 0;
+      at.next_head(args);
     }
   }
 }
 
-// A block's keys and values, by the warpgroup that copies. Each warp takes whole tiles in turn, so that it has no copy
-// under way where it makes one visible: that waits for all.
+// What a tile's keys add to the exponents of their projections, by a warp; a lane has each 32nd key. Keys that take no
+// part become zero with their values, whatever they were.
 template <typename Of, typename T>
-__device__ __forceinline__ void copy_keys(const Args<T>& args, const KeyMemory<Of>& memory, Place at) {
-  const int warp = warp_of_four();
+__device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* stage, int b, int first, float* to) {
+  constexpr int own = Of::keys / 32;
+  const int lane = threadIdx.x % 32;
+  float squares[own] = {};
+  if (args.norm != 0) {
+#pragma unroll
+    for (int u = 0; u < pieces; ++u) {
+#pragma unroll
+      for (int n = 0; n < own; ++n) {
+        float x[8];
+        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(stage + piece(lane, u) + 32 * n * pieces));
+#pragma unroll
+        for (float value : x) {
+          squares[n] = fmaf(value, value, squares[n]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < own; ++n) {
+    const int key = lane + 32 * n;
+    const bool takes = takes_part(args, b, first + key);
+    to[key] = takes ? squares[n] * args.norm : masked;
+    if (args.mask != nullptr && !takes) {
+#pragma unroll
+      for (int u = 0; u < pieces; ++u) {
+        stage[key * pieces + u] = stage[Of::matrix + key * pieces + u] = {};
+      }
+    }
+  }
+  if (args.mask != nullptr) {
+    copies_visible();
+  }
+}
+
+// The biases of a block's keys, by `preparers` warps that take tiles in turn, this one being number i.
+template <typename Of, typename T>
+__device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemory<Of>& memory, Place at, int i) {
   Turn<Of::stages> turn;
-  turn.move(warp);
-  at.tile += warp;
-  for (int i = warp; i < at.count; i += 4) {
+  turn.move(i);
+  for (at.tile += i; i < at.count; i += Of::preparers) {
     while (at.tile >= args.key_tiles) {
       at.tile -= args.key_tiles;
       at.next_head(args);
     }
-    const int first = at.tile * Of::keys;
-    const int64_t row = first;
-    uint4* stage = memory.stages + turn.at * Of::stage;
-    uint32_t inside = ~0u;
-    if (first + Of::keys > args.S || args.mask != nullptr) {
-      inside = rows_inside<Of::keys>([&](int row) { return takes_part(args, at.b, first + row); });
-    }
-    barrier_wait(memory.left + turn.at, turn.parity ^ 1);
-    copy_rows<Of::keys>(args.k.at(at.b, at.h) + row * args.k.l, args.k.l, inside, stage);
-    copy_rows<Of::keys>(args.v.at(at.b, at.h) + row * args.v.l, args.v.l, inside, stage + Of::matrix);
-    copies_end();
-    copies_wait<0>();
-    copies_visible();
-    __syncwarp();
-    fill_bias<Of>(args, stage, at.b, first, memory.key_bias + turn.at * Of::keys);
-    warp_arrive(memory.landed + turn.at);
-    turn.move(4);
-    at.tile += 4;
+    barrier_wait(memory.landed + turn.at, turn.parity);
+    fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
+                  memory.key_bias + turn.at * Of::keys);
+    barrier_arrive(memory.ready + turn.at);
+    turn.move(Of::preparers);
+    at.tile += Of::preparers;
   }
 }
 
@@ -260,7 +302,7 @@ struct KeySums {
   }
 
   __device__ __forceinline__ void wait_for_next() const {
-    barrier_wait(memory.landed + next.at, next.parity);
+    barrier_wait(memory.ready + next.at, next.parity);
   }
 
   __device__ __forceinline__ void project_next(float (&s)[64]) const {
@@ -279,14 +321,23 @@ struct KeySums {
     move();
   }
 
+  // This tile's exponents and, for each feature, the largest.
+  __device__ __forceinline__ void find_exponents(float (&s)[64], float (&top)[2]) const {
+    add_exponents(s, args.scale, memory.key_bias + now * Of::keys);
+    top[0] = top[1] = masked;
+    find_largest(s, top);
+    largest_of_four(top);
+  }
+
   // The weights of this tile. What comes to factor is for kv, which may not be there yet, if `grows`.
   template <bool Bounded>
   __device__ __forceinline__ void make_weights(float (&s)[64], float limit, bool& grows, float (&factor)[2]) {
-    add_exponents(s, args.scale, memory.key_bias + now * Of::keys);
-    if constexpr (!Bounded) {
-      float top[2] = {masked, masked};
-      find_largest(s, top);
-      largest_of_four(top);
+    if constexpr (Bounded) {
+      add_exponents(s, args.scale, memory.key_bias + now * Of::keys);
+      weigh(s, z);
+    } else {
+      float top[2];
+      find_exponents(s, top);
       grows = __any_sync(~0u, top[0] > c[0] + limit || top[1] > c[1] + limit);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -295,8 +346,8 @@ struct KeySums {
         c[n] = next;
         z[n] *= factor[n];
       }
+      weigh(s, c, z);
     }
-    weigh(s, c, z);
   }
 
   // The values of the tile before, the weights of this one, the next one's projection; its place becomes this one's.
@@ -344,21 +395,25 @@ struct KeySums {
       x = 0;
     }
     z[0] = z[1] = 0;
-    c[0] = c[1] = empty;
     float a[64], b[64];
     begin_next(a);
-    bool grows;
-    float factor[2];
-    make_weights<false>(a, Range<T>::limit, grows, factor);
-    round_weights<T>(weights, a);
-    // The warps of a warpgroup take the same way, since they start products together.
-    bool is_far = args.norm == 0 || !bounds<T>(memory.omega, c);
+    float top[2], bounds[2];
+    find_exponents(a, top);
+    find_bounds<T>(memory.omega, bounds);
+    // Sums need no maxima where weights 2^s are neither too large for a float, nor all too small. The warps of a
+    // warpgroup take the same way, since they start products together.
+    constexpr float large = 88, small = -40;
+    bool is_far = args.norm == 0 || fmaxf(bounds[0], bounds[1]) > large || fminf(top[0], top[1]) < small;
     if (threadIdx.x < 128) {
       is_far = barrier_or<1, 128>(is_far);
     } else {
       is_far = barrier_or<2, 128>(is_far);
     }
     is_far = __any_sync(~0u, is_far);  // which tells the compiler that a warp's threads agree
+    c[0] = is_far ? fmaxf(top[0], empty) : 0;
+    c[1] = is_far ? fmaxf(top[1], empty) : 0;
+    weigh(a, c, z);
+    round_weights<T>(weights, a);
     if (count > 1) {
       const float limit = is_far ? Range<T>::limit : INFINITY;
       begin_next(a);
@@ -576,7 +631,8 @@ struct QueryRows {
 #endif
 
 template <typename T, typename Of>
-__global__ void __launch_bounds__(threads, 1) many_keys_kernel(const Args<T> args) {
+__global__ void __launch_bounds__(threads, 1)
+    many_keys_kernel(const Args<T> args, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char bytes[];
   const KeyMemory<Of> memory(bytes);
@@ -586,14 +642,21 @@ __global__ void __launch_bounds__(threads, 1) many_keys_kernel(const Args<T> arg
   let_next_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Of::stages; ++i) {
-      barrier_prepare(memory.landed + i, 1);  // of the warp that has copied the tile
+      barrier_prepare(memory.landed + i, 1);
+      barrier_prepare(memory.ready + i, 32);
       barrier_prepare(memory.left + i, walkers / 32);
     }
+    barriers_visible();
   }
   __syncthreads();
   if (threadIdx.x >= walkers) {
     change_registers<registers, copy_registers>();
-    copy_keys(args, memory, at);
+    const int warp = warp_of_four();
+    if (warp == Of::preparers) {
+      copy_keys(args, memory, k, v, at);
+    } else {
+      prepare_keys(args, memory, at, warp);
+    }
     return;
   }
   change_registers<registers, walk_registers>();
@@ -667,15 +730,53 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
 #endif
 }
 
+// The driver's function for it, looked up once, since nothing is linked against the driver.
+auto tensor_map_encoder() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  return found;
+}
+
+// Whether a map for copies of tiles of `rows` keys could be made.
+template <typename T>
+bool map_tiles(CUtensorMap& map, const Rows<T>& x, const Args<T>& args, uint32_t rows) {
+  const auto encode = tensor_map_encoder();
+  const cuuint64_t sizes[] = {width, static_cast<cuuint64_t>(args.S), static_cast<cuuint64_t>(args.Hk),
+                              static_cast<cuuint64_t>(args.heads / args.Hk)};
+  const cuuint64_t strides[] = {sizeof(T) * x.l, sizeof(T) * x.h, sizeof(T) * x.b};
+  const cuuint32_t box[] = {width, rows, 1, 1}, steps[] = {1, 1, 1, 1};
+  return encode != nullptr &&
+         encode(&map, std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                4, const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace
 
 template <typename T, int M>
-void sum_many_keys(const Args<T>& args, int device, cudaStream_t stream) {
+bool sum_many_keys(const Args<T>& args, int device, cudaStream_t stream) {
   using Of = KeyPlan<M>;
   static_assert(Of::keys == 128);
+  CUtensorMap k, v;
+  if (!map_tiles(k, args.k, args, Of::keys) || !map_tiles(v, args.v, args, Of::keys)) {
+    return false;
+  }
   const auto kernel = many_keys_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
-  launch(kernel, args.key_blocks, threads, Of::bytes, stream, true, args);
+  launch(kernel, args.key_blocks, threads, Of::bytes, stream, true, args, k, v);
+  return true;
 }
 
 template <typename T, int M>
@@ -688,7 +789,7 @@ void attend_many(Args<T> args, int multiprocessors, int device, cudaStream_t str
          true, args);
 }
 
-template void sum_many_keys<BFloat16, 128>(const Args<BFloat16>&, int, cudaStream_t);
+template bool sum_many_keys<BFloat16, 128>(const Args<BFloat16>&, int, cudaStream_t);
 template void attend_many<BFloat16, 128>(Args<BFloat16>, int, int, cudaStream_t);
 
 }  // namespace linear
