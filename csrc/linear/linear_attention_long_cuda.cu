@@ -18,6 +18,11 @@ constexpr int registers = 168, walk_registers = 232, copy_registers = 40;  // of
 static_assert(walkers * walk_registers + 128 * copy_registers <= threads * registers);
 constexpr uint32_t row_bytes = 16 * pieces;
 
+// Of a place in the ring: its tile is there; the tile's biases are, too; it is no longer needed.
+struct Barriers {
+  uint64_t landed, ready, left;
+};
+
 // In units of 16 bytes but for the last.
 template <int Features>
 struct KeyPlan {
@@ -26,10 +31,11 @@ struct KeyPlan {
   static constexpr int keys = 128;             // of a tile
   static constexpr int matrix = keys * pieces;
   static constexpr int stage = 2 * matrix;
-  static constexpr int stages = 6;  // tiles
+  static constexpr int stages = 6;     // tiles
   static constexpr int preparers = 3;  // warps
+  static constexpr int bias_barrier = 4, bias_users = walkers + 32;
   static constexpr size_t bytes =
-      16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(uint64_t) * 3 * stages;
+      16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(Barriers) * stages;
   static_assert(M == 64 * groups && stages % preparers == 0 && bytes + 1024 <= 228 * 1024);
 };
 
@@ -49,15 +55,13 @@ template <typename Of>
 struct KeyMemory {
   uint4 *omega, *stages;
   float* key_bias;
-  uint64_t *landed, *ready, *left;  // a tile is there; with its biases; no longer needed
+  Barriers* barriers;
 
   __device__ __forceinline__ explicit KeyMemory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         stages(omega + Of::features),
         key_bias(reinterpret_cast<float*>(stages + Of::stages * Of::stage)),
-        landed(reinterpret_cast<uint64_t*>(key_bias + Of::stages * Of::keys)),
-        ready(landed + Of::stages),
-        left(ready + Of::stages) {}
+        barriers(reinterpret_cast<Barriers*>(key_bias + Of::stages * Of::keys)) {}
 };
 
 // Two projections and sets of means and exponents, of neighbouring heads.
@@ -203,10 +207,10 @@ __device__ __forceinline__ void copy_keys(const Args<T>& args, const KeyMemory<O
                                           const CUtensorMap& v, Place at) {
   Turn<Of::stages> turn;
   for (int i = 0; i < at.count; ++i) {
-    barrier_wait(memory.left + turn.at, turn.parity ^ 1);
+    barrier_wait(&memory.barriers[turn.at].left, turn.parity ^ 1);
     if (threadIdx.x % 32 == 0) {
       uint4* stage = memory.stages + turn.at * Of::stage;
-      uint64_t* landed = memory.landed + turn.at;
+      uint64_t* landed = &memory.barriers[turn.at].landed;
       barrier_expect(landed, 16 * Of::stage);
       copy_tile(stage, k, at.b, at.h, at.tile * Of::keys, landed);
       copy_tile(stage + Of::matrix, v, at.b, at.h, at.tile * Of::keys, landed);
@@ -258,22 +262,28 @@ __device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* stage, int
   }
 }
 
-// The biases of a block's keys, by `preparers` warps that take tiles in turn, this one being number i.
+// The biases of a block's keys, by warps that take tiles in turn, this one being number i of them.
 template <typename Of, typename T>
 __device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemory<Of>& memory, Place at, int i) {
   Turn<Of::stages> turn;
   turn.move(i);
-  for (at.tile += i; i < at.count; i += Of::preparers) {
-    while (at.tile >= args.key_tiles) {
-      at.tile -= args.key_tiles;
-      at.next_head(args);
+  at.tile += i;
+  for (; i < at.count + Of::stages; i += Of::preparers) {
+    if (i >= Of::stages) {
+      barrier_sync<Of::bias_users>(Of::bias_barrier + turn.at);  // the biases of the ring's round before have been read
     }
-    barrier_wait(memory.landed + turn.at, turn.parity);
-    fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
-                  memory.key_bias + turn.at * Of::keys);
-    barrier_arrive(memory.ready + turn.at);
+    if (i < at.count) {
+      while (at.tile >= args.key_tiles) {
+        at.tile -= args.key_tiles;
+        at.next_head(args);
+      }
+      barrier_wait(&memory.barriers[turn.at].landed, turn.parity);
+      fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
+                    memory.key_bias + turn.at * Of::keys);
+      barrier_arrive(&memory.barriers[turn.at].ready);
+      at.tile += Of::preparers;
+    }
     turn.move(Of::preparers);
-    at.tile += Of::preparers;
   }
 }
 
@@ -302,7 +312,13 @@ struct KeySums {
   }
 
   __device__ __forceinline__ void wait_for_next() const {
-    barrier_wait(memory.ready + next.at, next.parity);
+    barrier_wait(&memory.barriers[next.at].ready, next.parity);
+  }
+
+  // This tile's biases have been read. Its place's barrier of the block is for these warpgroups and the warp that
+  // writes the next ones: arrivals at those in memory cost registers that products need.
+  __device__ __forceinline__ void leave_bias() const {
+    barrier_arrive<Of::bias_users>(Of::bias_barrier + now);
   }
 
   __device__ __forceinline__ void project_next(float (&s)[64]) const {
@@ -369,11 +385,12 @@ struct KeySums {
     if constexpr (!Last) {
       pin(ahead);
     }
-    warp_arrive(memory.left + before);
+    warp_arrive(&memory.barriers[before].left);
     round_weights<T>(weights, s);
     if (!Bounded && grows) {
       rescale(kv, factor);
     }
+    leave_bias();
     if constexpr (!Last) {
       move();
     }
@@ -414,6 +431,7 @@ struct KeySums {
     c[1] = is_far ? fmaxf(top[1], empty) : 0;
     weigh(a, c, z);
     round_weights<T>(weights, a);
+    leave_bias();
     if (count > 1) {
       const float limit = is_far ? Range<T>::limit : INFINITY;
       begin_next(a);
@@ -427,7 +445,7 @@ struct KeySums {
     products_begin();
     add_values(now);
     products_wait(kv);
-    warp_arrive(memory.left + now);
+    warp_arrive(&memory.barriers[now].left);
     store_part<Of::M>(args, head, kv, z, c);
   }
 };
@@ -642,9 +660,10 @@ __global__ void __launch_bounds__(threads, 1)
   let_next_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < Of::stages; ++i) {
-      barrier_prepare(memory.landed + i, 1);
-      barrier_prepare(memory.ready + i, 32);
-      barrier_prepare(memory.left + i, walkers / 32);
+      Barriers& of_stage = memory.barriers[i];
+      barrier_prepare(&of_stage.landed, 1);
+      barrier_prepare(&of_stage.ready, 32);
+      barrier_prepare(&of_stage.left, walkers / 32);
     }
     barriers_visible();
   }
