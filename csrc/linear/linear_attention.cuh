@@ -237,10 +237,10 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 #endif
 
 // With three kernels, those for keys and for queries where a multiprocessor has many tiles: of 128 keys, shared by
-// args.key_blocks blocks, one to a multiprocessor; and of 64 queries. False where keys and values cannot be copied so.
+// blocks, one to a multiprocessor; and of 64 queries. False where keys and values cannot be copied so.
 
 template <typename T, int M>
-bool sum_many_keys(const Args<T>& args, int device, cudaStream_t stream);
+bool sum_many_keys(const Args<T>& args, int blocks, int device, cudaStream_t stream);
 
 template <typename T, int M>
 void attend_many(Args<T> args, int multiprocessors, int device, cudaStream_t stream);

@@ -764,7 +764,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     constexpr bool has_many = F == 128 && std::is_same_v<T, BFloat16>;  // kernels for many tiles
     constexpr int64_t many = 8;                                         // of a warpgroup
     const int64_t row_tiles = int64_t{args.queries} * args.row_tiles;
-    const bool many_keys = has_many && !causal && heads * ceil_div(S, 128) >= many * gpu.multiprocessors;
+    const bool many_keys = has_many && heads * ceil_div(S, 128) >= many * gpu.multiprocessors;
     const bool many_queries = has_many && heads * row_tiles >= 2 * many * gpu.multiprocessors;
     if constexpr (F < 256) {
       using Of = Plan<Pass::both, F>;
@@ -787,11 +787,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     divide(Of{});
     args.key_tile = Of::keys;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
-    args.key_blocks = static_cast<int>(
-        causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
-               : std::min(heads * args.key_tiles, many_keys ? int64_t{gpu.multiprocessors} : resident));
+    const int64_t at_once = std::min(heads * args.key_tiles, many_keys ? int64_t{gpu.multiprocessors} : resident);
+    args.key_blocks = causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
+                             : static_cast<int>(at_once);
     // As many pieces as run at once, of 8 tiles or more: what is summed in pieces has to be added.
-    const int64_t pieces_at_once = std::min(resident, heads * args.key_tiles / 8);
+    const int64_t pieces_at_once = std::min(at_once, heads * args.key_tiles / 8);
     args.share_pieces = causal ? static_cast<int>(std::max(pieces_at_once / args.key_blocks, int64_t{1})) : 0;
     const int64_t blocks = causal ? int64_t{args.key_blocks - 1} * args.share_pieces : args.key_blocks;
     const int64_t of_parts = (causal ? blocks : heads + blocks - 1) * F, of_heads = causal ? 0 : heads * F;
@@ -804,7 +804,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.part_z = args.exponents + of_heads;
       args.part_c = args.part_z + of_parts;
       if constexpr (has_many) {
-        if (!many_keys || !sum_many_keys<T, F>(args, index, stream)) {
+        if (!many_keys || !sum_many_keys<T, F>(args, static_cast<int>(blocks), index, stream)) {
           launch<Of>(args, blocks, index, stream);
         }
       } else {

@@ -405,6 +405,16 @@ struct KeySums {
     }
   }
 
+  __device__ __forceinline__ void store_none(int head) {
+#pragma unroll
+    for (float& x : kv) {
+      x = 0;
+    }
+    z[0] = z[1] = 0;
+    c[0] = c[1] = empty;
+    store_part<Of::M>(args, head, kv, z, c);
+  }
+
   // The sums over a head's next `count` tiles, to this block's slot.
   __device__ __forceinline__ void sum(int head, int count) {
 #pragma unroll
@@ -654,7 +664,7 @@ __global__ void __launch_bounds__(threads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char bytes[];
   const KeyMemory<Of> memory(bytes);
-  Place at = Place::share(args, args.key_tiles);
+  Place at = args.share_pieces > 0 ? Place::before_share(args) : Place::share(args, args.key_tiles);
   // In this order: the next kernels read queries before they wait, for this one alone.
   wait_for_previous();
   let_next_begin();
@@ -688,6 +698,9 @@ __global__ void __launch_bounds__(threads, 1)
   fill();
   barrier_sync<3, walkers>();
   KeySums<Of, T> sums(args, memory);
+  if (at.count == 0) {
+    sums.store_none(at.head);
+  }
   for (int i = 0; i < at.count;) {
     if (i > 0 && args.projection.head != 0) {
       barrier_sync<3, walkers>();
@@ -785,7 +798,7 @@ bool map_tiles(CUtensorMap& map, const Rows<T>& x, const Args<T>& args, uint32_t
 }  // namespace
 
 template <typename T, int M>
-bool sum_many_keys(const Args<T>& args, int device, cudaStream_t stream) {
+bool sum_many_keys(const Args<T>& args, int blocks, int device, cudaStream_t stream) {
   using Of = KeyPlan<M>;
   static_assert(Of::keys == 128);
   CUtensorMap k, v;
@@ -794,7 +807,7 @@ bool sum_many_keys(const Args<T>& args, int device, cudaStream_t stream) {
   }
   const auto kernel = many_keys_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
-  launch(kernel, args.key_blocks, threads, Of::bytes, stream, true, args, k, v);
+  launch(kernel, blocks, threads, Of::bytes, stream, true, args, k, v);
   return true;
 }
 
@@ -808,7 +821,7 @@ void attend_many(Args<T> args, int multiprocessors, int device, cudaStream_t str
          true, args);
 }
 
-template bool sum_many_keys<BFloat16, 128>(const Args<BFloat16>&, int, cudaStream_t);
+template bool sum_many_keys<BFloat16, 128>(const Args<BFloat16>&, int, int, cudaStream_t);
 template void attend_many<BFloat16, 128>(Args<BFloat16>, int, int, cudaStream_t);
 
 }  // namespace linear
