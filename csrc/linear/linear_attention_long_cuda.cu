@@ -496,6 +496,7 @@ struct QueryRows {
   uint64_t of_omega, of_means;
   const float* exponents;
   float square;  // of what a query of norm 1 adds at most
+  int now;  // stages
   Turn<Of::stages> next;
   bool is_bounded;  // the next tile
   int first;        // of the rows of the tile before the last
@@ -513,12 +514,9 @@ struct QueryRows {
     is_bounded = !__any_sync(~0u, threadIdx.x % 32 == 0 && !(memory.norms[next.at] * square <= room * room));
   }
 
-  __device__ __forceinline__ void project_next(float (&s)[64]) const {
+  __device__ __forceinline__ void project_next(float (&s)[64]) {
     start_projection<T>(s, further(all_rows, next.at * (16 * Of::matrix)), of_omega);
-  }
-
-  __device__ __forceinline__ void leave_next() {
-    warp_arrive(memory.left + next.at);
+    now = next.at;
     next.move(groups);
   }
 
@@ -526,8 +524,11 @@ struct QueryRows {
     wait_for_next();
     products_begin();
     project_next(s);
+  }
+
+  __device__ __forceinline__ void end_projection(float (&s)[64]) const {
     products_wait(s);
-    leave_next();
+    warp_arrive(memory.left + now);
   }
 
   // Half of s becomes weights; total += what they add up to.
@@ -570,6 +571,7 @@ struct QueryRows {
     if constexpr (!Last) {
       wait_for_next();
     }
+    end_projection(s);
     products_begin();
     start_values<T, false>(sums, weights, of_means);
     if constexpr (!Last) {
@@ -588,10 +590,6 @@ struct QueryRows {
     store_rows();
     total[0] = sum[0];
     total[1] = sum[1];
-    if constexpr (!Last) {
-      products_wait(ahead);
-      leave_next();
-    }
   }
 
   // Of the tile before.
@@ -666,6 +664,7 @@ struct QueryRows {
         threadIdx.x % 4 * 8;
     float a[64], b[64], top[2];
     begin_next(a);
+    end_projection(a);
     find_top(a, top);
     total[0] = total[1] = 0;
     weigh(a, top, total);
