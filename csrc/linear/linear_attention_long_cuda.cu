@@ -62,7 +62,8 @@ struct KeyMemory {
 template <typename Of>
 struct QueryMemory {
   uint4 *omega, *means, *ring;
-  float *exponents, *feature_norms, *norms;  // the largest squared ones of 32 features, and of a tile's queries
+  float* exponents;
+  uint32_t *feature_norms, *norms;  // the largest squared ones of 32 features, and of a tile's queries
   uint64_t *landed, *left;                   // a tile is there; it is no longer needed
 
   __device__ __forceinline__ explicit QueryMemory(char* at)
@@ -70,7 +71,7 @@ struct QueryMemory {
         means(omega + 2 * Of::features),
         ring(means + 2 * Of::features),
         exponents(reinterpret_cast<float*>(ring + Of::stages * Of::matrix)),
-        feature_norms(exponents + 2 * Of::M),
+        feature_norms(reinterpret_cast<uint32_t*>(exponents + 2 * Of::M)),
         norms(feature_norms + 4),
         landed(reinterpret_cast<uint64_t*>(norms + Of::stages)),
         left(landed + Of::stages) {}
@@ -379,9 +380,9 @@ struct KeySums {
   }
 };
 
-// The largest squared norm of rows, by a warp.
+// The largest squared norm of rows, by a warp: the number's bits, which are ordered as the numbers, with NaN above.
 template <int Rows, typename T>
-__device__ __forceinline__ float largest_norm(const uint4* rows) {
+__device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
   float squares[Rows / 32] = {};
 #pragma unroll
   for (int u = 0; u < pieces; ++u) {
@@ -395,11 +396,11 @@ __device__ __forceinline__ float largest_norm(const uint4* rows) {
       }
     }
   }
-  uint32_t largest = 0;  // bits of numbers that are not negative have their order, with NaN above
+  uint32_t largest = 0;
   for (float square : squares) {
     largest = max(largest, __float_as_uint(square));
   }
-  return __uint_as_float(__reduce_max_sync(~0u, largest));
+  return __reduce_max_sync(~0u, largest);
 }
 
 // A block's queries, by the warpgroup that copies: each warp takes two tiles in turn.
@@ -433,7 +434,7 @@ __device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMem
     __syncwarp();
 #pragma unroll 1
     for (int n = 0; n < tiles; ++n) {
-      const float norm = largest_norm<Of::rows, T>(memory.ring + (turn.at + n) * Of::matrix);
+      const uint32_t norm = largest_norm<Of::rows, T>(memory.ring + (turn.at + n) * Of::matrix);
       if (threadIdx.x % 32 == 0) {
         memory.norms[turn.at + n] = norm;
       }
@@ -495,7 +496,7 @@ struct QueryRows {
   const uint64_t all_rows;
   uint64_t of_omega, of_means;
   const float* exponents;
-  float square;  // of what a query of norm 1 adds at most
+  uint32_t bound;  // of a query's squared norm, for `room`
   int now;  // stages
   Turn<Of::stages> next;
   bool is_bounded;  // the next tile
@@ -511,7 +512,8 @@ struct QueryRows {
 
   __device__ __forceinline__ void wait_for_next() {
     barrier_wait(memory.landed + next.at, next.parity);
-    is_bounded = !__any_sync(~0u, threadIdx.x % 32 == 0 && !(memory.norms[next.at] * square <= room * room));
+    // The lane that arrives reads.
+    is_bounded = __reduce_max_sync(~0u, threadIdx.x % 32 == 0 ? memory.norms[next.at] : 0) <= bound;
   }
 
   __device__ __forceinline__ void project_next(float (&s)[64]) {
@@ -631,7 +633,7 @@ struct QueryRows {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float top = masked;
     if (threadIdx.x < Of::M) {
-      const float norm = largest_norm<32, T>(memory.omega + set * Of::features + warp * 32 * pieces);
+      const uint32_t norm = largest_norm<32, T>(memory.omega + set * Of::features + warp * 32 * pieces);
       if (lane == 0) {
         memory.feature_norms[warp] = norm;
       }
@@ -648,8 +650,9 @@ struct QueryRows {
     if (threadIdx.x < Of::M) {
       to[threadIdx.x] = to[threadIdx.x] - top - shift;
     }
-    const float* norms = memory.feature_norms;
-    square = fmaxf(fmaxf(norms[0], norms[1]), fmaxf(norms[2], norms[3])) * (args.scale * args.scale);
+    const float norm = __uint_as_float(__reduce_max_sync(~0u, memory.feature_norms[lane % 4]));
+    const float most = room * room / (args.scale * args.scale * norm);
+    bound = __shfl_sync(~0u, __float_as_uint(most), 0);
     of_omega = operand(memory.omega + set * Of::features);
     of_means = operand(memory.means + set * Of::features);
     exponents = to;
