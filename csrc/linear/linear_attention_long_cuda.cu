@@ -586,10 +586,10 @@ struct QueryRows {
     weigh_half<Bounded, 0>(s, top, sum);
     pin(s);
     products_wait<Last ? 0 : 1>(sums);
+    store_rows();
     round_half<0>(s);
     weigh_half<Bounded, 1>(s, top, sum);
     round_half<1>(s);
-    store_rows();
     total[0] = sum[0];
     total[1] = sum[1];
   }
