@@ -64,7 +64,7 @@ struct QueryMemory {
   uint4 *omega, *means, *ring;
   float* exponents;
   uint32_t *feature_norms, *norms;  // the largest squared ones of 32 features, and of a tile's queries
-  uint64_t *landed, *left;                   // a tile is there; it is no longer needed
+  uint64_t *landed, *left;          // a tile is there; it is no longer needed
 
   __device__ __forceinline__ explicit QueryMemory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
@@ -380,20 +380,23 @@ struct KeySums {
   }
 };
 
-// The largest squared norm of rows, by a warp: the number's bits, which are ordered as the numbers, with NaN above.
-template <int Rows, typename T>
+// The largest squared norm of rows, by a warp, within two percent: the squares of a piece are added in 16 bits. These
+// are the number's bits, which are ordered as the numbers, with NaN above.
+template <int Rows>
 __device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
   float squares[Rows / 32] = {};
 #pragma unroll
   for (int u = 0; u < pieces; ++u) {
 #pragma unroll
     for (int i = 0; i < Rows / 32; ++i) {
-      float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(rows + piece(threadIdx.x % 32 + 32 * i, u)));
+      const auto* x = reinterpret_cast<const __nv_bfloat162*>(rows + piece(threadIdx.x % 32 + 32 * i, u));
+      __nv_bfloat162 sum = __hmul2(x[0], x[0]);
 #pragma unroll
-      for (float value : x) {
-        squares[i] = fmaf(value, value, squares[i]);
+      for (int n = 1; n < 4; ++n) {
+        sum = __hfma2(x[n], x[n], sum);
       }
+      const float2 both = unpack<BFloat16>(*reinterpret_cast<const uint32_t*>(&sum));
+      squares[i] += both.x + both.y;
     }
   }
   uint32_t largest = 0;
@@ -434,7 +437,7 @@ __device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMem
     __syncwarp();
 #pragma unroll 1
     for (int n = 0; n < tiles; ++n) {
-      const uint32_t norm = largest_norm<Of::rows, T>(memory.ring + (turn.at + n) * Of::matrix);
+      const uint32_t norm = largest_norm<Of::rows>(memory.ring + (turn.at + n) * Of::matrix);
       if (threadIdx.x % 32 == 0) {
         memory.norms[turn.at + n] = norm;
       }
@@ -497,7 +500,7 @@ struct QueryRows {
   uint64_t of_omega, of_means;
   const float* exponents;
   uint32_t bound;  // of a query's squared norm, for `room`
-  int now;  // stages
+  int now;         // stages
   Turn<Of::stages> next;
   bool is_bounded;  // the next tile
   int first;        // of the rows of the tile before the last
@@ -633,7 +636,7 @@ struct QueryRows {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float top = masked;
     if (threadIdx.x < Of::M) {
-      const uint32_t norm = largest_norm<32, T>(memory.omega + set * Of::features + warp * 32 * pieces);
+      const uint32_t norm = largest_norm<32>(memory.omega + set * Of::features + warp * 32 * pieces);
       if (lane == 0) {
         memory.feature_norms[warp] = norm;
       }
@@ -651,7 +654,7 @@ struct QueryRows {
       to[threadIdx.x] = to[threadIdx.x] - top - shift;
     }
     const float norm = __uint_as_float(__reduce_max_sync(~0u, memory.feature_norms[lane % 4]));
-    const float most = room * room / (args.scale * args.scale * norm);
+    const float most = room * room * reciprocal_approximate(args.scale * args.scale * norm);
     bound = __shfl_sync(~0u, __float_as_uint(most), 0);
     of_omega = operand(memory.omega + set * Of::features);
     of_means = operand(memory.means + set * Of::features);
