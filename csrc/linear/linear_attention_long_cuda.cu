@@ -492,7 +492,7 @@ struct QueryRows {
   // Any reference near a row's largest exponent is as good as that. `shift` above what features add at most is one
   // where queries add no more than `room`: weights of 2^(-room - shift) leave 22 bits below, of 2^(room - shift) leave
   // room for their sums.
-  static constexpr float shift = 32, room = 72;
+  static constexpr float shift = 16, room = 72;
 
   const Args<T>& args;
   const QueryMemory<Of>& memory;
