@@ -41,7 +41,7 @@ struct QueryPlan {
   static constexpr int stages = 16;
   static constexpr size_t bytes =
       16 * (4 * features + stages * matrix) + sizeof(float) * (2 * M + 4 + stages) + sizeof(uint64_t) * 2 * stages;
-  static_assert(M == 128 && stages % groups == 0 && bytes + 1024 <= 228 * 1024);
+  static_assert(M == 128 && stages == 16 && bytes + 1024 <= 228 * 1024);
 };
 
 template <typename Of>
@@ -406,14 +406,18 @@ __device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
   return __reduce_max_sync(~0u, largest);
 }
 
-// A block's queries, by the warpgroup that copies: each warp takes two tiles in turn.
+// A block's queries, by the warpgroup that copies: each warp takes two tiles in turn, and finds norms of the two before
+// while they come.
 template <typename Of, typename T>
 __device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMemory<Of>& memory, Place at) {
   const int warp = warp_of_four();
   Turn<Of::stages> turn;
   turn.move(2 * warp);
   at.tile += 2 * warp;
-  for (int i = 2 * warp; i < at.count; i += 8) {
+  for (int i = 2 * warp; i < at.count + 8; i += 8) {
+    copies_wait<0>();
+    copies_visible();  // which would wait for others under way
+    __syncwarp();
     const int tiles = min(at.count - i, 2);
     for (int n = 0; n < tiles; ++n) {
       while (at.tile >= args.query_steps) {
@@ -432,16 +436,14 @@ __device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMem
       ++at.tile;
     }
     copies_end();
-    copies_wait<0>();
-    copies_visible();
-    __syncwarp();
 #pragma unroll 1
-    for (int n = 0; n < tiles; ++n) {
-      const uint32_t norm = largest_norm<Of::rows>(memory.ring + (turn.at + n) * Of::matrix);
+    for (int n = 0; i >= 8 && n < min(at.count - i + 8, 2); ++n) {
+      const int before = (turn.at + Of::stages / 2) % Of::stages + n;
+      const uint32_t norm = largest_norm<Of::rows>(memory.ring + before * Of::matrix);
       if (threadIdx.x % 32 == 0) {
-        memory.norms[turn.at + n] = norm;
+        memory.norms[before] = norm;
       }
-      warp_arrive(memory.landed + turn.at + n);
+      warp_arrive(memory.landed + before);
     }
     turn.move(8);
     at.tile += 6;
