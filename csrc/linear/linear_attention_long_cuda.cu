@@ -479,7 +479,7 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   return y;
 }
 
-// Without a branch, past which products would not stay under way.
+// Without a branch, where products are under way.
 template <typename T>
 __device__ __forceinline__ void store_if(bool inside, T* to, const Vec<T, 8>& x) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
@@ -491,9 +491,9 @@ __device__ __forceinline__ void store_if(bool inside, T* to, const Vec<T, 8>& x)
 // A warpgroup that makes the rows of every second tile of a block's.
 template <typename Of, typename T>
 struct QueryRows {
-  // Any reference near a row's largest exponent is as good as that. `shift` above what features add at most is one
-  // where queries add no more than `room`: weights of 2^(-room - shift) leave 22 bits below, of 2^(room - shift) leave
-  // room for their sums.
+  // Rows are normalised, so that any reference within some powers of two of a row's largest exponent is as good as that
+  // one: the largest of what features add, and `shift`, where queries add no more than `room`. Weights of 2^(-room -
+  // shift) leave 22 bits below them, and those of 2^(room - shift) leave room for sums with large values.
   static constexpr float shift = 16, room = 72;
 
   const Args<T>& args;
@@ -632,7 +632,7 @@ struct QueryRows {
     }
   }
 
-  // By all walkers, when a head's features are there: exponents relative to the largest.
+  // By all walkers, when a head's features are there: exponents become relative to the largest.
   __device__ __forceinline__ void begin_head(int set) {
     float* const to = memory.exponents + set * Of::M;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
