@@ -47,8 +47,8 @@ struct QueryPlan {
   static constexpr int matrix = rows * pieces;
   static constexpr int stages = 16;
   static constexpr size_t bytes =
-      16 * (4 * features + stages * matrix) + sizeof(float) * 2 * M + sizeof(uint64_t) * 2 * stages;
-  static_assert(M == 128 && stages % groups == 0 && bytes + 1024 <= 228 * 1024);
+      16 * (4 * features + stages * matrix) + sizeof(float) * (2 * M + 4 + stages) + sizeof(uint64_t) * 2 * stages;
+  static_assert(M == 128 && stages == 16 && bytes + 1024 <= 228 * 1024);
 };
 
 template <typename Of>
@@ -69,14 +69,17 @@ template <typename Of>
 struct QueryMemory {
   uint4 *omega, *means, *ring;
   float* exponents;
-  uint64_t *landed, *left;  // a tile is there; it is no longer needed
+  uint32_t *feature_norms, *norms;  // the largest squared ones of 32 features, and of a tile's queries
+  uint64_t *landed, *left;          // a tile is there; it is no longer needed
 
   __device__ __forceinline__ explicit QueryMemory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + 2 * Of::features),
         ring(means + 2 * Of::features),
         exponents(reinterpret_cast<float*>(ring + Of::stages * Of::matrix)),
-        landed(reinterpret_cast<uint64_t*>(exponents + 2 * Of::M)),
+        feature_norms(reinterpret_cast<uint32_t*>(exponents + 2 * Of::M)),
+        norms(feature_norms + 4),
+        landed(reinterpret_cast<uint64_t*>(norms + Of::stages)),
         left(landed + Of::stages) {}
 };
 
@@ -460,14 +463,44 @@ struct KeySums {
   }
 };
 
-// A block's queries, by the warpgroup that copies: each warp takes two tiles in turn.
+// The largest squared norm of rows, by a warp, within two percent: the squares of a piece are added in 16 bits. These
+// are the number's bits, which are ordered as the numbers, with NaN above.
+template <int Rows>
+__device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
+  float squares[Rows / 32] = {};
+#pragma unroll
+  for (int u = 0; u < pieces; ++u) {
+#pragma unroll
+    for (int i = 0; i < Rows / 32; ++i) {
+      const auto* x = reinterpret_cast<const __nv_bfloat162*>(rows + piece(threadIdx.x % 32 + 32 * i, u));
+      __nv_bfloat162 sum = __hmul2(x[0], x[0]);
+#pragma unroll
+      for (int n = 1; n < 4; ++n) {
+        sum = __hfma2(x[n], x[n], sum);
+      }
+      const float2 both = unpack<BFloat16>(*reinterpret_cast<const uint32_t*>(&sum));
+      squares[i] += both.x + both.y;
+    }
+  }
+  uint32_t largest = 0;
+  for (float square : squares) {
+    largest = max(largest, __float_as_uint(square));
+  }
+  return __reduce_max_sync(~0u, largest);
+}
+
+// A block's queries, by the warpgroup that copies: each warp takes two tiles in turn, and finds norms of the two before
+// while they come.
 template <typename Of, typename T>
 __device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMemory<Of>& memory, Place at) {
   const int warp = warp_of_four();
   Turn<Of::stages> turn;
   turn.move(2 * warp);
   at.tile += 2 * warp;
-  for (int i = 2 * warp; i < at.count; i += 8) {
+  for (int i = 2 * warp; i < at.count + 8; i += 8) {
+    copies_wait<0>();
+    copies_visible();  // which would wait for others under way
+    __syncwarp();
     const int tiles = min(at.count - i, 2);
     for (int n = 0; n < tiles; ++n) {
       while (at.tile >= args.query_steps) {
@@ -486,10 +519,14 @@ __device__ __forceinline__ void copy_queries(const Args<T>& args, const QueryMem
       ++at.tile;
     }
     copies_end();
-    copies_wait<0>();
-    copies_visible();
-    for (int n = 0; n < tiles; ++n) {
-      warp_arrive(memory.landed + turn.at + n);
+#pragma unroll 1
+    for (int n = 0; i >= 8 && n < min(at.count - i + 8, 2); ++n) {
+      const int before = (turn.at + Of::stages / 2) % Of::stages + n;
+      const uint32_t norm = largest_norm<Of::rows>(memory.ring + before * Of::matrix);
+      if (threadIdx.x % 32 == 0) {
+        memory.norms[before] = norm;
+      }
+      warp_arrive(memory.landed + before);
     }
     turn.move(8);
     at.tile += 6;
@@ -518,17 +555,41 @@ __device__ __forceinline__ void start_means(const Args<T>& args, const QueryMemo
   }
 }
 
+// 1 / x within 1 ulp; tiny x are 0.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Without a branch, where products are under way.
+template <typename T>
+__device__ __forceinline__ void store_if(bool inside, T* to, const Vec<T, 8>& x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                   static_cast<uint32_t>(inside)),
+               "l"(to), "r"(x.at[0]), "r"(x.at[1]), "r"(x.at[2]), "r"(x.at[3])
+               : "memory");
+}
+
 // A warpgroup that makes the rows of every second tile of a block's.
 template <typename Of, typename T>
 struct QueryRows {
+  // Rows are normalised, so that any reference within some powers of two of a row's largest exponent is as good as that
+  // one: the largest of what features add, and `shift`, where queries add no more than `room`. Weights of 2^(-room -
+  // shift) leave 22 bits below them, and those of 2^(room - shift) leave room for sums with large values.
+  static constexpr float shift = 16, room = 72;
+
   const Args<T>& args;
   const QueryMemory<Of>& memory;
   const uint64_t all_rows;
   uint64_t of_omega, of_means;
   const float* exponents;
+  uint32_t bound;  // of a query's squared norm, for `room`
+  int now;         // stages
   Turn<Of::stages> next;
-  int row;  // of the tile before, this thread's first, and where it goes
-  T* y;
+  bool is_bounded;  // the next tile
+  int first;        // of the rows of the tile before the last
+  T* y;             // where this thread's go
   float sums[32], total[2];
   uint32_t weights[8][4];
 
@@ -537,16 +598,15 @@ struct QueryRows {
     next.move(group);
   }
 
-  __device__ __forceinline__ void wait_for_next() const {
+  __device__ __forceinline__ void wait_for_next() {
     barrier_wait(memory.landed + next.at, next.parity);
+    // The lane that arrives reads.
+    is_bounded = __reduce_max_sync(~0u, threadIdx.x % 32 == 0 ? memory.norms[next.at] : 0) <= bound;
   }
 
-  __device__ __forceinline__ void project_next(float (&s)[64]) const {
+  __device__ __forceinline__ void project_next(float (&s)[64]) {
     start_projection<T>(s, further(all_rows, next.at * (16 * Of::matrix)), of_omega);
-  }
-
-  __device__ __forceinline__ void leave_next() {
-    warp_arrive(memory.left + next.at);
+    now = next.at;
     next.move(groups);
   }
 
@@ -554,101 +614,166 @@ struct QueryRows {
     wait_for_next();
     products_begin();
     project_next(s);
-    products_wait(s);
-    leave_next();
   }
 
-  __device__ __forceinline__ void make_weights(float (&s)[64], float (&sum)[2]) const {
-    float top[2] = {masked, masked};
+  __device__ __forceinline__ void end_projection(float (&s)[64]) const {
+    products_wait(s);
+    warp_arrive(memory.left + now);
+  }
+
+  // Half of s becomes weights; total += what they add up to.
+  template <bool Bounded, int Half>
+  __device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2], float (&total)[2]) const {
+    const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
+#pragma unroll
+    for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
+      float &x = s[2 * n], &y = s[2 * n + 1];
+      if constexpr (Bounded) {
+        const float2 e = pairs[n / 2 * 4];
+        x = exp2_approximate(fmaf(x, args.scale, e.x));
+        y = exp2_approximate(fmaf(y, args.scale, e.y));
+      } else {
+        x = exp2_approximate(x - top[n % 2]);
+        y = exp2_approximate(y - top[n % 2]);
+      }
+      total[n % 2] += x + y;
+    }
+  }
+
+  template <int Half>
+  __device__ __forceinline__ void round_half(const float (&s)[64]) {
+#pragma unroll
+    for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
+      weights[n / 4][n % 4] = pack<T>(s[2 * n], s[2 * n + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void find_top(float (&s)[64], float (&top)[2]) const {
+    top[0] = top[1] = masked;
     add_exponents(s, args.scale, exponents, top);
     largest_of_four(top);
-    sum[0] = sum[1] = 0;
-    weigh(s, top, sum);
-    sum_of_four(sum);
   }
 
   // The rows of the tile before, the weights of this one, the projection of the next.
-  template <bool Last>
+  template <bool Bounded, bool Last>
   __device__ __forceinline__ void step(float (&s)[64], float (&ahead)[64]) {
+    move();
     if constexpr (!Last) {
       wait_for_next();
     }
+    end_projection(s);
     products_begin();
     start_values<T, false>(sums, weights, of_means);
     if constexpr (!Last) {
       project_next(ahead);
     }
-    float sum[2];
-    make_weights(s, sum);
-    products_wait(sums);
-    pin(s);
-    if constexpr (!Last) {
-      pin(ahead);
-      leave_next();
+    float top[2], sum[2] = {0, 0};
+    if constexpr (!Bounded) {
+      find_top(s, top);
     }
-    round_weights<T>(weights, s);
+    weigh_half<Bounded, 0>(s, top, sum);
+    pin(s);
+    products_wait<Last ? 0 : 1>(sums);
     store_rows();
+    round_half<0>(s);
+    weigh_half<Bounded, 1>(s, top, sum);
+    round_half<1>(s);
     total[0] = sum[0];
     total[1] = sum[1];
   }
 
-  // Of the tile before, which becomes the next of this warpgroup's.
-  __device__ __forceinline__ void store_rows() {
+  // Of the tile before.
+  __device__ __forceinline__ void store_rows() const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float inverse = __fdividef(1, total[i]);
+      const float inverse = reciprocal_approximate(sum_of_four(total[i]));
       float low[8], high[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         low[j] = sums[j / 2 * 4 + 2 * i + j % 2] * inverse;
         high[j] = sums[16 + j / 2 * 4 + 2 * i + j % 2] * inverse;
       }
-      if (row + 8 * i < args.L) {
-        store<T, 8>(y + 8 * i * width, narrow<T, 8>(low));
-        store<T, 8>(y + 8 * i * width + 32, narrow<T, 8>(high));
-      }
+      const bool inside = first + row() + 8 * i < args.L;
+      store_if<T>(inside, y + 8 * i * width, narrow<T, 8>(low));
+      store_if<T>(inside, y + 8 * i * width + 32, narrow<T, 8>(high));
     }
-    move(groups * Of::rows);
   }
 
-  // By a number of rows as if all tiles were full; a key head's query heads are neighbours.
-  __device__ __forceinline__ void move(int rows) {
+  // This thread's first of a tile.
+  static __device__ __forceinline__ int row() {
+    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  // To this warpgroup's next tile, as if all were full; a key head's query heads are neighbours.
+  __device__ __forceinline__ void move() {
     const int all = args.row_tiles * Of::rows;
-    row += rows;
-    y += rows * width;
-    while (row >= all) {
-      row -= all;
+    first += groups * Of::rows;
+    y += groups * Of::rows * width;
+    while (first >= all) {
+      first -= all;
       y -= (all - args.L) * width;
     }
   }
 
-  // Of `count` tiles of a head's queries, each second from number `tile` on, with what is in `set`.
-  __device__ __forceinline__ void attend(int head, int set, int tile, int count) {
+  // By all walkers, when a head's features are there: exponents become relative to the largest.
+  __device__ __forceinline__ void begin_head(int set) {
+    float* const to = memory.exponents + set * Of::M;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float top = masked;
+    if (threadIdx.x < Of::M) {
+      const uint32_t norm = largest_norm<32>(memory.omega + set * Of::features + warp * 32 * pieces);
+      if (lane == 0) {
+        memory.feature_norms[warp] = norm;
+      }
+#pragma unroll
+      for (int n = 0; n < Of::M; n += 32) {
+        top = fmaxf(top, to[n + lane]);
+      }
+#pragma unroll
+      for (int other = 1; other < 32; other *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
+      }
+    }
+    barrier_sync<1, walkers>();
+    if (threadIdx.x < Of::M) {
+      to[threadIdx.x] = to[threadIdx.x] - top - shift;
+    }
+    const float norm = __uint_as_float(__reduce_max_sync(~0u, memory.feature_norms[lane % 4]));
+    const float most = room * room * reciprocal_approximate(args.scale * args.scale * norm);
+    bound = __shfl_sync(~0u, __float_as_uint(most), 0);
     of_omega = operand(memory.omega + set * Of::features);
     of_means = operand(memory.means + set * Of::features);
-    exponents = memory.exponents + set * Of::M;
-    row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    y = args.out + (static_cast<int64_t>(head) * args.queries * args.L + row) * width + threadIdx.x % 4 * 8;
+    exponents = to;
+    barrier_sync<1, walkers>();
+  }
+
+  // Of `count` tiles of a head's queries, each second from number `tile` on.
+  __device__ __forceinline__ void attend(int head, int tile, int count) {
     const int query = static_cast<uint32_t>(tile) / static_cast<uint32_t>(args.row_tiles);
-    y += static_cast<int64_t>(query) * args.L * width;
-    move((tile - query * args.row_tiles) * Of::rows);
-    float a[64], b[64];
+    first = (tile - query * args.row_tiles - groups) * Of::rows;
+    y = args.out + ((static_cast<int64_t>(head) * args.queries + query) * args.L + first + row()) * width +
+        threadIdx.x % 4 * 8;
+    float a[64], b[64], top[2];
     begin_next(a);
-    make_weights(a, total);
+    end_projection(a);
+    find_top(a, top);
+    total[0] = total[1] = 0;
+    weigh(a, top, total);
     round_weights<T>(weights, a);
     if (count > 1) {
       begin_next(a);
       if (count % 2 != 0) {  // the next ones come in pairs, and one more
-        step<true>(a, a);
+        step<false, true>(a, a);
         begin_next(a);
       }
 #pragma unroll 1
       for (int i = 0; i < (count - 2) / 2; ++i) {
-        step<false>(a, b);
-        step<false>(b, a);
+        is_bounded ? step<true, false>(a, b) : step<false, false>(a, b);
+        is_bounded ? step<true, false>(b, a) : step<false, false>(b, a);
       }
-      step<true>(a, a);
+      step<false, true>(a, a);
     }
+    move();
     products_begin();
     start_values<T, false>(sums, weights, of_means);
     products_wait(sums);
@@ -745,6 +870,7 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
     copies_wait<0>();
     copies_visible();
     barrier_sync<1, walkers>();  // this head's are there, and everyone has left those of the head before
+    rows.begin_head(set);
     const int count = min(args.query_steps - at.tile, at.count - i), skipped = (i + group) % groups;
     const int head = at.head, tile = at.tile + skipped, own = (count - skipped + groups - 1) / groups;
     i += count;
@@ -756,7 +882,7 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
       copies_end();
     }
     if (own > 0) {
-      rows.attend(head, set, tile, own);
+      rows.attend(head, tile, own);
     }
   }
 #endif
