@@ -33,7 +33,6 @@ struct KeyPlan {
   static constexpr int stage = 2 * matrix;
   static constexpr int stages = 6;     // tiles
   static constexpr int preparers = 3;  // warps
-  static constexpr int bias_barrier = 4, bias_users = walkers + 32;
   static constexpr size_t bytes =
       16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(Barriers) * stages;
   static_assert(M == 64 * groups && stages % preparers == 0 && bytes + 1024 <= 228 * 1024);
@@ -146,34 +145,36 @@ __device__ __forceinline__ void start_values(float (&sums)[32], const uint32_t (
   products_end();
 }
 
-// s becomes the weights 2^s; total += what they add up to.
-__device__ __forceinline__ void weigh(float (&s)[64], float (&total)[2]) {
+// A half of s becomes the weights 2^(s - top); total += what they add up to.
+template <int Half>
+__device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2], float (&total)[2]) {
 #pragma unroll
-  for (int n = 0; n < 32; ++n) {
-    float &x = s[2 * n], &y = s[2 * n + 1];
-    x = exp2_approximate(x);
-    y = exp2_approximate(y);
-    total[n % 2] += x + y;
-  }
-  pin(s);
-}
-
-// The same, 2^(s - top).
-__device__ __forceinline__ void weigh(float (&s)[64], const float (&top)[2], float (&total)[2]) {
-#pragma unroll
-  for (int n = 0; n < 32; ++n) {
+  for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
     float &x = s[2 * n], &y = s[2 * n + 1];
     x = exp2_approximate(x - top[n % 2]);
     y = exp2_approximate(y - top[n % 2]);
     total[n % 2] += x + y;
   }
-  pin(s);
 }
 
-template <typename T>
-__device__ __forceinline__ void round_weights(uint32_t (&weights)[8][4], const float (&s)[64]) {
+// The same of a projection, with what columns add, and without a largest.
+template <int Half>
+__device__ __forceinline__ void weigh_half(float (&s)[64], float scale, const float* exponents, float (&total)[2]) {
+  const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
 #pragma unroll
-  for (int n = 0; n < 32; ++n) {
+  for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
+    const float2 e = pairs[n / 2 * 4];
+    float &x = s[2 * n], &y = s[2 * n + 1];
+    x = exp2_approximate(fmaf(x, scale, e.x));
+    y = exp2_approximate(fmaf(y, scale, e.y));
+    total[n % 2] += x + y;
+  }
+}
+
+template <int Half, typename T>
+__device__ __forceinline__ void round_half(uint32_t (&weights)[8][4], const float (&s)[64]) {
+#pragma unroll
+  for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
     weights[n / 4][n % 4] = pack<T>(s[2 * n], s[2 * n + 1]);
   }
 }
@@ -271,21 +272,18 @@ __device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemor
   Turn<Of::stages> turn;
   turn.move(i);
   at.tile += i;
-  for (; i < at.count + Of::stages; i += Of::preparers) {
-    if (i >= Of::stages) {
-      barrier_sync<Of::bias_users>(Of::bias_barrier + turn.at);  // the biases of the ring's round before have been read
+  for (; i < at.count; i += Of::preparers) {
+    while (at.tile >= args.key_tiles) {
+      at.tile -= args.key_tiles;
+      at.next_head(args);
     }
-    if (i < at.count) {
-      while (at.tile >= args.key_tiles) {
-        at.tile -= args.key_tiles;
-        at.next_head(args);
-      }
-      barrier_wait(&memory.barriers[turn.at].landed, turn.parity);
-      fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
-                    memory.key_bias + turn.at * Of::keys);
-      barrier_arrive(&memory.barriers[turn.at].ready);
-      at.tile += Of::preparers;
-    }
+    Barriers& barriers = memory.barriers[turn.at];
+    barrier_wait(&barriers.left, turn.parity ^ 1);  // which the copy has waited for, too: so that checkers see it
+    barrier_wait(&barriers.landed, turn.parity);
+    fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
+                  memory.key_bias + turn.at * Of::keys);
+    barrier_arrive(&barriers.ready);
+    at.tile += Of::preparers;
     turn.move(Of::preparers);
   }
 }
@@ -318,12 +316,6 @@ struct KeySums {
     barrier_wait(&memory.barriers[next.at].ready, next.parity);
   }
 
-  // This tile's biases have been read. Its place's barrier of the block is for these warpgroups and the warp that
-  // writes the next ones: arrivals at those in memory cost registers that products need.
-  __device__ __forceinline__ void leave_bias() const {
-    barrier_arrive<Of::bias_users>(Of::bias_barrier + now);
-  }
-
   __device__ __forceinline__ void project_next(float (&s)[64]) const {
     start_projection<T>(s, of_omega, further(all_keys, next.at * (16 * Of::stage)));
   }
@@ -336,7 +328,6 @@ struct KeySums {
     wait_for_next();
     products_begin();
     project_next(s);
-    products_wait(s);
     move();
   }
 
@@ -348,13 +339,30 @@ struct KeySums {
     largest_of_four(top);
   }
 
-  // The weights of this tile. What comes to factor is for kv, which may not be there yet, if `grows`.
-  template <bool Bounded>
-  __device__ __forceinline__ void make_weights(float (&s)[64], float limit, bool& grows, float (&factor)[2]) {
+  template <bool Bounded, int Half>
+  __device__ __forceinline__ void weigh_half(float (&s)[64]) {
     if constexpr (Bounded) {
-      add_exponents(s, args.scale, memory.key_bias + now * Of::keys);
-      weigh(s, z);
+      linear::weigh_half<Half>(s, args.scale, memory.key_bias + now * Of::keys, z);
     } else {
+      linear::weigh_half<Half>(s, c, z);
+    }
+  }
+
+  // The values of the tile before, the weights of this one, the next one's projection; its place becomes this one's.
+  template <bool Bounded, bool Last>
+  __device__ __forceinline__ void step(float (&s)[64], float (&ahead)[64], float limit) {
+    if constexpr (!Last) {
+      wait_for_next();
+    }
+    products_wait(s);
+    products_begin();
+    add_values(before);
+    if constexpr (!Last) {
+      project_next(ahead);
+    }
+    bool grows = false;
+    float factor[2];
+    if constexpr (!Bounded) {
       float top[2];
       find_exponents(s, top);
       grows = __any_sync(~0u, top[0] > c[0] + limit || top[1] > c[1] + limit);
@@ -365,35 +373,17 @@ struct KeySums {
         c[n] = next;
         z[n] *= factor[n];
       }
-      weigh(s, c, z);
     }
-  }
-
-  // The values of the tile before, the weights of this one, the next one's projection; its place becomes this one's.
-  template <bool Bounded, bool Last>
-  __device__ __forceinline__ void step(float (&s)[64], float (&ahead)[64], float limit) {
-    if constexpr (!Last) {
-      wait_for_next();
-    }
-    products_begin();
-    add_values(before);
-    if constexpr (!Last) {
-      project_next(ahead);
-    }
-    bool grows = false;
-    float factor[2];
-    make_weights<Bounded>(s, limit, grows, factor);
-    products_wait(kv);
+    weigh_half<Bounded, 0>(s);
     pin(s);
-    if constexpr (!Last) {
-      pin(ahead);
-    }
-    warp_arrive(&memory.barriers[before].left);
-    round_weights<T>(weights, s);
+    products_wait<Last ? 0 : 1>(kv);
+    barrier_arrive(&memory.barriers[before].left);
+    round_half<0, T>(weights, s);
+    weigh_half<Bounded, 1>(s);
+    round_half<1, T>(weights, s);
     if (!Bounded && grows) {
       rescale(kv, factor);
     }
-    leave_bias();
     if constexpr (!Last) {
       move();
     }
@@ -427,6 +417,7 @@ struct KeySums {
     z[0] = z[1] = 0;
     float a[64], b[64];
     begin_next(a);
+    products_wait(a);
     float top[2], bounds[2];
     find_exponents(a, top);
     find_bounds<T>(memory.omega, bounds);
@@ -442,9 +433,10 @@ struct KeySums {
     is_far = __any_sync(~0u, is_far);  // which tells the compiler that a warp's threads agree
     c[0] = is_far ? fmaxf(top[0], empty) : 0;
     c[1] = is_far ? fmaxf(top[1], empty) : 0;
-    weigh(a, c, z);
-    round_weights<T>(weights, a);
-    leave_bias();
+    weigh_half<false, 0>(a);
+    weigh_half<false, 1>(a);
+    round_half<0, T>(weights, a);
+    round_half<1, T>(weights, a);
     if (count > 1) {
       const float limit = is_far ? Range<T>::limit : INFINITY;
       begin_next(a);
@@ -458,7 +450,7 @@ struct KeySums {
     products_begin();
     add_values(now);
     products_wait(kv);
-    warp_arrive(&memory.barriers[now].left);
+    barrier_arrive(&memory.barriers[now].left);
     store_part<Of::M>(args, head, kv, z, c);
   }
 };
@@ -621,30 +613,12 @@ struct QueryRows {
     warp_arrive(memory.left + now);
   }
 
-  // Half of s becomes weights; total += what they add up to.
   template <bool Bounded, int Half>
   __device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2], float (&total)[2]) const {
-    const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
-#pragma unroll
-    for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
-      float &x = s[2 * n], &y = s[2 * n + 1];
-      if constexpr (Bounded) {
-        const float2 e = pairs[n / 2 * 4];
-        x = exp2_approximate(fmaf(x, args.scale, e.x));
-        y = exp2_approximate(fmaf(y, args.scale, e.y));
-      } else {
-        x = exp2_approximate(x - top[n % 2]);
-        y = exp2_approximate(y - top[n % 2]);
-      }
-      total[n % 2] += x + y;
-    }
-  }
-
-  template <int Half>
-  __device__ __forceinline__ void round_half(const float (&s)[64]) {
-#pragma unroll
-    for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
-      weights[n / 4][n % 4] = pack<T>(s[2 * n], s[2 * n + 1]);
+    if constexpr (Bounded) {
+      linear::weigh_half<Half>(s, args.scale, exponents, total);
+    } else {
+      linear::weigh_half<Half>(s, top, total);
     }
   }
 
@@ -675,9 +649,9 @@ struct QueryRows {
     pin(s);
     products_wait<Last ? 0 : 1>(sums);
     store_rows();
-    round_half<0>(s);
+    round_half<0, T>(weights, s);
     weigh_half<Bounded, 1>(s, top, sum);
-    round_half<1>(s);
+    round_half<1, T>(weights, s);
     total[0] = sum[0];
     total[1] = sum[1];
   }
@@ -758,8 +732,10 @@ struct QueryRows {
     end_projection(a);
     find_top(a, top);
     total[0] = total[1] = 0;
-    weigh(a, top, total);
-    round_weights<T>(weights, a);
+    weigh_half<false, 0>(a, top, total);
+    weigh_half<false, 1>(a, top, total);
+    round_half<0, T>(weights, a);
+    round_half<1, T>(weights, a);
     if (count > 1) {
       begin_next(a);
       if (count % 2 != 0) {  // the next ones come in pairs, and one more
@@ -798,7 +774,7 @@ __global__ void __launch_bounds__(threads, 1)
       Barriers& of_stage = memory.barriers[i];
       barrier_prepare(&of_stage.landed, 1);
       barrier_prepare(&of_stage.ready, 32);
-      barrier_prepare(&of_stage.left, walkers / 32);
+      barrier_prepare(&of_stage.left, walkers);
     }
     barriers_visible();
   }
