@@ -1,6 +1,7 @@
 // What the forward's kernels for Hopper's tensor cores share.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "shared.cuh"
@@ -193,7 +194,9 @@ __device__ __forceinline__ void find_norms(const uint4* rows, float (&norms)[2])
 // |w|^2 / 2.
 template <typename T>
 __device__ __forceinline__ void find_bounds(const uint4* omega, float (&bounds)[2]) {
-  const int feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // so that no address is made ahead, and kept
+  const int feature = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
   float squares[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -210,6 +213,67 @@ __device__ __forceinline__ void find_bounds(const uint4* omega, float (&bounds)[
   sum_of_four(squares);
   bounds[0] = squares[0] * (log2e / 2);
   bounds[1] = squares[1] * (log2e / 2);
+}
+
+// Whether keys' weights 2^s may be too large to be summed as they are, or all too small, those of a head's first keys
+// being at most 2^top.
+template <typename T>
+__device__ __forceinline__ bool need_largest(const uint4* omega, const float (&top)[2]) {
+  constexpr float large = 88, small = -40;
+  float bounds[2];
+  find_bounds<T>(omega, bounds);
+  return fmaxf(bounds[0], bounds[1]) > large || fminf(top[0], top[1]) < small;
+}
+
+// Rows of queries are normalised, so that any reference within some powers of two of a row's largest exponent is as
+// good as that one: the largest of what features add, and `reference_shift`, where queries add no more than 2^72.
+// Weights of 2^-88 leave 22 bits below them, and those of 2^56 leave room for sums with large values.
+constexpr float reference_shift = 16;
+
+// 1 / x within 1 ulp; tiny x are 0.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The bits of the largest squared norm of queries that add no more, `norm` being that of the projection's rows.
+__device__ __forceinline__ uint32_t query_bound(float scale, float norm) {
+  constexpr float room = 72;
+  return __float_as_uint(room * room * reciprocal_approximate(scale * scale * norm));
+}
+
+// The largest squared norm of rows in bfloat16, by a warp, within two percent: the squares of a piece are added in 16
+// bits. These are the number's bits, which are ordered as the numbers, with NaN above.
+template <int Rows>
+__device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
+  static_assert(Rows == 16 || Rows % 32 == 0);
+  constexpr int parts = Rows == 16 ? 2 : 1;  // of a row, each in a lane
+  constexpr int count = Rows * parts / 32;
+  const int row = threadIdx.x % (32 / parts), part = threadIdx.x % 32 / (32 / parts);
+  float squares[count] = {};
+#pragma unroll
+  for (int u = 0; u < pieces / parts; ++u) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const auto* x =
+          reinterpret_cast<const __nv_bfloat162*>(rows + piece(row, part * (pieces / parts) + u) + 32 * i * pieces);
+      __nv_bfloat162 sum = __hmul2(x[0], x[0]);
+#pragma unroll
+      for (int n = 1; n < 4; ++n) {
+        sum = __hfma2(x[n], x[n], sum);
+      }
+      const float2 both = unpack<BFloat16>(*reinterpret_cast<const uint32_t*>(&sum));
+      squares[i] += both.x + both.y;
+    }
+  }
+  uint32_t largest = 0;
+#pragma unroll
+  for (float square : squares) {
+    square = parts == 1 ? square : square + __shfl_xor_sync(~0u, square, 16);
+    largest = max(largest, __float_as_uint(square));
+  }
+  return __reduce_max_sync(~0u, largest);
 }
 
 // A thread's share of the sums over a head's keys, to this block's slot.

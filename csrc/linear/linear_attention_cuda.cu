@@ -42,7 +42,8 @@ struct Plan {
   // Whether a tile's biases are made during the tile before.
   static constexpr bool ahead = pass == Pass::keys && M == 128;
   static constexpr int biases = ahead ? 2 * keys : keys;
-  static constexpr int floats = pass == Pass::both ? M + biases : pass == Pass::keys ? biases : 2 * M;
+  static constexpr bool refers = pass == Pass::both;  // queries need no largest exponent
+  static constexpr int floats = pass == Pass::both ? M + biases + threads / 32 : pass == Pass::keys ? biases : 2 * M;
   static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
   static_assert(pass != Pass::both || pool == stage + rings);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
@@ -53,13 +54,15 @@ template <typename Of>
 struct Memory {
   uint4 *omega, *means, *pool;
   float *exponents, *key_bias;
+  uint32_t* norms;  // the bits of the projection's largest squared ones, of each warp
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + Of::features),
         pool(omega + Of::matrices * Of::features),
         exponents(reinterpret_cast<float*>(pool + Of::pool)),
-        key_bias(exponents + (Of::pass == Pass::keys ? 0 : Of::M)) {}
+        key_bias(exponents + (Of::pass == Pass::keys ? 0 : Of::M)),
+        norms(reinterpret_cast<uint32_t*>(key_bias + Of::biases)) {}
 
   __device__ __forceinline__ uint4* means_of(int head) const {
     return means + (Of::pass == Pass::queries ? head % 2 * Of::features : 0);
@@ -118,26 +121,37 @@ __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uin
   products_end();
 }
 
-// sums (= or +=) 2^(s - top) values, in the background, and total += the weights; `values` has a row for each column of
-// s.
+// weights = 2^(s - top), and total += them.
 template <typename T, int R>
-__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2], const float (&s)[R],
-                                           const float (&top)[2], const uint4* values, bool add) {
-  const uint64_t of_values = operand(values);
-  uint32_t weights[R / 8][4];
+__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R],
+                                      const float (&top)[2]) {
 #pragma unroll
-  for (int n = 0; n < R / 8; ++n) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float x = exp2_approximate(s[8 * n + 2 * m] - top[m % 2]);
-      const float y = exp2_approximate(s[8 * n + 2 * m + 1] - top[m % 2]);
-      total[m % 2] += x + y;
-      weights[n][m] = pack<T>(x, y);
-    }
+  for (int n = 0; n < R / 2; ++n) {
+    const float x = exp2_approximate(s[2 * n] - top[n % 2]), y = exp2_approximate(s[2 * n + 1] - top[n % 2]);
+    total[n % 2] += x + y;
+    weights[n / 4][n % 4] = pack<T>(x, y);
   }
+}
+
+// The same without a largest.
+template <typename T, int R>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R]) {
+#pragma unroll
+  for (int n = 0; n < R / 2; ++n) {
+    const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
+    total[n % 2] += x + y;
+    weights[n / 4][n % 4] = pack<T>(x, y);
+  }
+}
+
+// sums (= or +=) weights values, in the background; `values` has a row for each column of the weights.
+template <typename T, int N>
+__device__ __forceinline__ void add_values(float (&sums)[32], const uint32_t (&weights)[N][4], const uint4* values,
+                                           bool add) {
+  const uint64_t of_values = operand(values);
   products_begin();
 #pragma unroll
-  for (int n = 0; n < R / 8; ++n) {
+  for (int n = 0; n < N; ++n) {
     multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
   }
   products_end();
@@ -252,7 +266,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
-  // Whether no exponent of the head is far above c; whether the head has just begun.
+  // Whether the head's weights need no largest exponent; whether the head has just begun.
   bool is_bounded = false, is_fresh = true;
   // The last tile lies in the first stage.
   const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
@@ -317,12 +331,19 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       __syncthreads();
     }
     products_wait(s);
+    uint32_t weights[Of::keys / 16][4];
     add_exponents(s, args.scale, key_bias);
     if (!is_bounded) {
       float top[2] = {masked, masked};
       find_largest(s, top);
       largest_of_four(top);
-      if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
+      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
+        is_bounded = !__any_sync(~0u, need_largest<T>(memory.omega, top));
+      }
+      is_fresh = false;
+      if (is_bounded) {
+        c[0] = c[1] = 0;
+      } else if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
         float factor[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -332,16 +353,13 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         }
         rescale(kv, z, factor);
       }
-      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
-        // bfloat16 has room for what is not far above c, so that maxima need not be looked for any more.
-        constexpr float room = 64;
-        float bounds[2];
-        find_bounds<T>(memory.omega, bounds);
-        is_bounded = !__any_sync(~0u, c[0] < bounds[0] - room || c[1] < bounds[1] - room);
-      }
-      is_fresh = false;
     }
-    add_values<T>(kv, z, s, c, stage + Of::stage / 2, true);
+    if (is_bounded) {
+      weigh<T>(weights, z, s);
+    } else {
+      weigh<T>(weights, z, s, c);
+    }
+    add_values<T>(kv, weights, stage + Of::stage / 2, true);
     const int head = at.head;
     first += Of::keys;
     const bool is_end = Of::pass == Pass::keys && (first >= args.S || i == count - 1);
@@ -368,6 +386,30 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       }
     }
   }
+}
+
+// Exponents become relative to the largest, which is the reference for queries within the bound that is left with them.
+template <typename Of, typename T>
+__device__ __forceinline__ void make_relative(const Args<T>& args, const Memory<Of>& memory) {
+  const int lane = threadIdx.x % 32;
+  float top = masked;
+#pragma unroll
+  for (int n = 0; n < Of::M; n += 32) {
+    top = fmaxf(top, memory.exponents[n + lane]);
+  }
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
+  }
+  const uint32_t norm = largest_norm<16>(memory.omega + threadIdx.x / 32 * 16 * pieces);
+  if (lane == 0) {
+    memory.norms[threadIdx.x / 32] = norm;
+  }
+  __syncthreads();  // everyone has read exponents
+  if (threadIdx.x < Of::M) {
+    memory.exponents[threadIdx.x] = memory.exponents[threadIdx.x] - top - reference_shift;
+  }
+  __syncthreads();
 }
 
 // The means and exponents of a head, to shared memory, and its state. A thread holds pieces t and 4 + t of two rows.
@@ -398,6 +440,9 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
   });
   copies_visible();
   __syncthreads();
+  if constexpr (Of::refers) {
+    make_relative(args, memory);
+  }
   if (args.kv == nullptr) {
     return;
   }
@@ -467,6 +512,11 @@ struct Queries {
 
   __device__ __forceinline__ void run(const Memory<Of>& memory) {
     constexpr int part = Of::M < 128 ? Of::M : 128;  // features at a time
+    uint32_t bound = 0;                              // of queries' squared norms
+    if constexpr (Of::refers) {
+      const uint32_t norm = __reduce_max_sync(~0u, memory.norms[threadIdx.x % (Of::threads / 32)]);
+      bound = __shfl_sync(~0u, query_bound(args.scale, __uint_as_float(norm)), 0);
+    }
     for (int n = 0; n < count; ++n) {
       if constexpr (Of::pass == Pass::both) {
         if (n == 0) {
@@ -512,16 +562,28 @@ struct Queries {
         float sums[32], total[2] = {0, 0}, top[2] = {masked, masked};
 #pragma unroll 1
         for (int from = 0; from < Of::M; from += part) {
+          const uint4* rows = ring + n % Of::ring * Of::rows * pieces;
           float s[part / 2];
-          project<T>(s, ring + n % Of::ring * Of::rows * pieces, memory.omega + from * pieces);
-          products_wait(s);
-          const float old[2] = {top[0], top[1]};
-          add_exponents(s, args.scale, exponents + from, top);
-          largest_of_four(top);
-          if (from > 0) {
-            rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
+          uint32_t weights[part / 16][4];
+          project<T>(s, rows, memory.omega + from * pieces);
+          bool is_bounded = false;
+          if constexpr (Of::refers && std::is_same_v<T, BFloat16>) {
+            is_bounded = largest_norm<16>(rows + threadIdx.x % 128 / 32 * 16 * pieces) <= bound;
           }
-          add_values<T>(sums, total, s, top, means + from * pieces, from > 0);
+          products_wait(s);
+          if (is_bounded) {
+            add_exponents(s, args.scale, exponents);
+            weigh<T>(weights, total, s);
+          } else {
+            const float old[2] = {top[0], top[1]};
+            add_exponents(s, args.scale, exponents + from, top);
+            largest_of_four(top);
+            if (from > 0) {
+              rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
+            }
+            weigh<T>(weights, total, s, top);
+          }
+          add_values<T>(sums, weights, means + from * pieces, from > 0);
           products_wait(sums);
         }
         const int row = tile.row * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;

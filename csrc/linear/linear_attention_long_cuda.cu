@@ -418,13 +418,10 @@ struct KeySums {
     float a[64], b[64];
     begin_next(a);
     products_wait(a);
-    float top[2], bounds[2];
+    float top[2];
     find_exponents(a, top);
-    find_bounds<T>(memory.omega, bounds);
-    // Sums need no maxima where weights 2^s are neither too large for a float, nor all too small. The warps of a
-    // warpgroup take the same way, since they start products together.
-    constexpr float large = 88, small = -40;
-    bool is_far = args.norm == 0 || fmaxf(bounds[0], bounds[1]) > large || fminf(top[0], top[1]) < small;
+    // The warps of a warpgroup take the same way, since they start products together.
+    bool is_far = args.norm == 0 || need_largest<T>(memory.omega, top);
     if (threadIdx.x < 128) {
       is_far = barrier_or<1, 128>(is_far);
     } else {
@@ -454,32 +451,6 @@ struct KeySums {
     store_part<Of::M>(args, head, kv, z, c);
   }
 };
-
-// The largest squared norm of rows, by a warp, within two percent: the squares of a piece are added in 16 bits. These
-// are the number's bits, which are ordered as the numbers, with NaN above.
-template <int Rows>
-__device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
-  float squares[Rows / 32] = {};
-#pragma unroll
-  for (int u = 0; u < pieces; ++u) {
-#pragma unroll
-    for (int i = 0; i < Rows / 32; ++i) {
-      const auto* x = reinterpret_cast<const __nv_bfloat162*>(rows + piece(threadIdx.x % 32 + 32 * i, u));
-      __nv_bfloat162 sum = __hmul2(x[0], x[0]);
-#pragma unroll
-      for (int n = 1; n < 4; ++n) {
-        sum = __hfma2(x[n], x[n], sum);
-      }
-      const float2 both = unpack<BFloat16>(*reinterpret_cast<const uint32_t*>(&sum));
-      squares[i] += both.x + both.y;
-    }
-  }
-  uint32_t largest = 0;
-  for (float square : squares) {
-    largest = max(largest, __float_as_uint(square));
-  }
-  return __reduce_max_sync(~0u, largest);
-}
 
 // A block's queries, by the warpgroup that copies: each warp takes two tiles in turn, and finds norms of the two before
 // while they come.
@@ -547,13 +518,6 @@ __device__ __forceinline__ void start_means(const Args<T>& args, const QueryMemo
   }
 }
 
-// 1 / x within 1 ulp; tiny x are 0.
-__device__ __forceinline__ float reciprocal_approximate(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Without a branch, where products are under way.
 template <typename T>
 __device__ __forceinline__ void store_if(bool inside, T* to, const Vec<T, 8>& x) {
@@ -566,17 +530,12 @@ __device__ __forceinline__ void store_if(bool inside, T* to, const Vec<T, 8>& x)
 // A warpgroup that makes the rows of every second tile of a block's.
 template <typename Of, typename T>
 struct QueryRows {
-  // Rows are normalised, so that any reference within some powers of two of a row's largest exponent is as good as that
-  // one: the largest of what features add, and `shift`, where queries add no more than `room`. Weights of 2^(-room -
-  // shift) leave 22 bits below them, and those of 2^(room - shift) leave room for sums with large values.
-  static constexpr float shift = 16, room = 72;
-
   const Args<T>& args;
   const QueryMemory<Of>& memory;
   const uint64_t all_rows;
   uint64_t of_omega, of_means;
   const float* exponents;
-  uint32_t bound;  // of a query's squared norm, for `room`
+  uint32_t bound;  // of queries' squared norms
   int now;         // stages
   Turn<Of::stages> next;
   bool is_bounded;  // the next tile
@@ -710,11 +669,10 @@ struct QueryRows {
     }
     barrier_sync<1, walkers>();
     if (threadIdx.x < Of::M) {
-      to[threadIdx.x] = to[threadIdx.x] - top - shift;
+      to[threadIdx.x] = to[threadIdx.x] - top - reference_shift;
     }
     const float norm = __uint_as_float(__reduce_max_sync(~0u, memory.feature_norms[lane % 4]));
-    const float most = room * room * reciprocal_approximate(args.scale * args.scale * norm);
-    bound = __shfl_sync(~0u, __float_as_uint(most), 0);
+    bound = __shfl_sync(~0u, query_bound(args.scale, norm), 0);
     of_omega = operand(memory.omega + set * Of::features);
     of_means = operand(memory.means + set * Of::features);
     exponents = to;
