@@ -12,7 +12,7 @@
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
-// items, parts of which one row is always right.
+// items, parts of which one row is always right. Where no feature's exponents can be far from 2^shift, c is that.
 //
 // With few heads, their tokens are divided among blocks: a kernel sums the keys of each share that others of its head
 // follow, in pieces, as many as run at once, a second one those before each. Exponents are in base 2.
@@ -161,6 +161,11 @@ __device__ __forceinline__ void start_queries(const Args<T>& args, const T* rows
 // Barriers of a block beside those in shared memory: of the warpgroups for keys, of each for queries, of all of these.
 constexpr int key_barrier = 1, query_barrier = 2, walk_barrier = 4;
 
+// x, which is the same in all threads of a warp: the compiler then knows.
+__device__ __forceinline__ int uniform(int x) {
+  return __shfl_sync(~0u, x, 0);
+}
+
 // The first of the two rows that a thread has of a warpgroup's product of 64 rows; the second is 8 further.
 __device__ __forceinline__ int first_row() {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -176,6 +181,14 @@ __device__ __forceinline__ void store_matrix(uint4* to, const uint32_t (&values)
   }
 }
 
+// How far a maximum may be above what a row sees: the row's sum is at least 2^-reach, and its small terms, products of
+// two weights that may be as much smaller again, are far from what a float32 flushes to 0.
+constexpr float reach = 48;
+
+// Exponents of keys are less by `shift`, here and in c: where the features of a head are such that no key's exponents are
+// above `room`, and all maxima are above -reach, 0 is as good as the maxima, which are then no longer looked for.
+constexpr float shift = 24, room = 72;
+
 // The sums over the keys before a tile, of a thread's two features.
 template <int M, typename T>
 __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile, int share, int feature,
@@ -188,9 +201,9 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
     z[i] = from_kv == nullptr ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
-      c[i] = args.part_c[row];
+      c[i] = args.part_c[row] - shift;
     } else if (from_kv != nullptr) {
-      c[i] = fmaxf(args.log_scale0[row] * log2e - feature_bias(args, tile.h(args), feature + 8 * i), empty);
+      c[i] = fmaxf(args.log_scale0[row] * log2e - feature_bias(args, tile.h(args), feature + 8 * i) - shift, empty);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -217,14 +230,30 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
     }
     if (t == 0) {
       args.z[row] = z[i];
-      args.log_scale[row] = (c[i] + feature_bias(args, tile.h(args), feature + 8 * i)) * ln2;
+      args.log_scale[row] = (c[i] + shift + feature_bias(args, tile.h(args), feature + 8 * i)) * ln2;
     }
   }
 }
 
-// How far a maximum may be above what a row sees: the row's sum is at least 2^-reach, and its small terms, products of
-// two weights that may be as much smaller again, are far from what a float32 flushes to 0.
-constexpr float reach = 48;
+// Whether exponents of this thread's two features are at most `room`: scale w k - |scale k|^2 / 2 is at most |w|^2 / 2.
+template <typename T>
+__device__ __forceinline__ bool is_bounded(const uint4* omega, int feature) {
+  float squares[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(omega + piece(feature + 8 * i, 4 * half + threadIdx.x % 4)));
+#pragma unroll
+      for (float value : x) {
+        squares[i] = fmaf(value, value, squares[i]);
+      }
+    }
+  }
+  sum_of_four(squares);
+  return fmaxf(squares[0], squares[1]) * (log2e / 2) - shift <= room;
+}
 
 // Whether the maxima `next` over keys [begin, end) are out of reach for the first row that has a key.
 __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2], const float (&next)[2],
@@ -342,8 +371,8 @@ struct Copies {
     const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;
     if (lane % 4 == g / 2) {
       float* to = memory.key_bias + place<Of::stages>(i) * Of::rows + first + g;
-      to[0] = own & 1 ? norms[0] * args.norm : masked;
-      to[8] = own >> 8 / step & 1 ? norms[1] * args.norm : masked;
+      to[0] = own & 1 ? norms[0] * args.norm - shift : masked;
+      to[8] = own >> 8 / step & 1 ? norms[1] * args.norm - shift : masked;
     }
   }
 
@@ -367,41 +396,102 @@ struct Copies {
 // The warpgroups for keys.
 template <typename Of, typename T>
 __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
-  const int t = threadIdx.x % 4, features = threadIdx.x / 128 * (64 * Of::parts), feature = features + first_row();
+  const int t = threadIdx.x % 4, features = uniform(threadIdx.x / 128) * (64 * Of::parts),
+            feature = features + first_row();
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
   const uint64_t of_omega = operand(memory.omega + features * pieces), all_keys = operand(memory.k),
                  all_values = operand(memory.v);
-  float kv[Of::parts][32], z[Of::parts][2], c[Of::parts][2];
-  float bias[Of::parts];  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
-  float s[32];            // features x keys
+  float kv[Of::parts][32], z[Of::parts][2] = {}, c[Of::parts][2] = {};
+  float bias[Of::parts] = {};  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
+  float s[32];                 // features x keys
   int i = 0, item = 0;
+  // The products of this block's tile number i, which is there.
+  const auto project = [&](int part) {
+    const uint64_t of_k = further(all_keys, place<Of::stages>(i) * bytes);
+    products_begin();
+#pragma unroll
+    for (int step = 0; step < width / 16; ++step) {
+      multiply<T>(s, further(of_omega, part * bytes + 32 * step), further(of_k, 32 * step), step > 0);
+    }
+    products_end();
+  };
+  const auto wait_for_keys = [&] {
+    barrier_wait(memory.landed + place<Of::stages>(i), parity<Of::stages>(i));
+  };
+  const auto bias_of_keys = [&] { return memory.key_bias + place<Of::stages>(i) * Of::rows; };
+  const auto wait_for_item = [&] {
+    barrier_wait(memory.read + place<Of::items>(item), parity<Of::items>(item) ^ 1);
+  };
+  // Leaves the sums before the item's keys.
+  const auto leave_state = [&](int part) {
+    const int slot = place<Of::items>(item);
+    uint32_t state[4][4];
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      state[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
+    }
+    store_matrix(memory.items + slot * Of::item + Of::features + features * pieces + part * Of::matrix, state);
+    // Of a feature's four lanes two store exponents and two sums of weights.
+    float* row = (t < 2 ? memory.exponents : memory.z) + slot * Of::M + feature + 64 * part + t % 2 * 8;
+    *row = (t < 2 ? t == 0 ? c[part][0] : c[part][1] : t == 2 ? z[part][0] : z[part][1]) + bias[part];
+  };
+  // Leaves the features of the item's keys, whose exponents s are relative to c, and starts to add them to the sums.
+  const auto add_keys = [&](int part) {
+    uint32_t weights[4][4];
+    float total[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
+      total[n % 2] += x + y;
+      weights[n / 4][n % 4] = pack<T>(x, y);
+    }
+    store_matrix(memory.items + place<Of::items>(item) * Of::item + features * pieces + part * Of::matrix, weights);
+    const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
+    products_begin();
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
+    }
+    products_end();
+    z[part][0] += sum_of_four(total[0]);
+    z[part][1] += sum_of_four(total[1]);
+  };
+  const auto end_item = [&](int begin, int end) {
+    const int slot = place<Of::items>(item);
+    if (threadIdx.x == 0) {
+      memory.ranges[slot] = {begin, end};
+    }
+    copies_visible();
+    barrier_arrive(memory.full + slot);
+    ++item;
+  };
+  // The sums before these keys, relative to `next`.
+  const auto change_maxima = [&](int part, const float (&next)[2]) {
+    const float factor[2] = {exp2_approximate(c[part][0] - next[0]), exp2_approximate(c[part][1] - next[1])};
+    rescale(kv[part], factor);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      z[part][n] *= factor[n];
+      c[part][n] = next[n];
+    }
+  };
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
     if (i > 0) {
       change_projection(args, memory, tile);
     }
+    bool bounded = args.norm != 0;
 #pragma unroll
     for (int part = 0; part < Of::parts; ++part) {
       const int row = feature + 64 * part;
       load_state<Of::M>(args, tile, share.number, row, kv[part], z[part], c[part]);
       bias[part] = t < 2 ? 2 * feature_bias(args, tile.h(args), row + 8 * t) : 0;
+      bounded = is_bounded<T>(memory.omega, row) && bounded;
     }
     const int last = i + tile.left(args), until = min(last, share.count);
     for (int begin = 0, end = Of::rows; i < until;) {
-      const int stage = place<Of::stages>(i);
-      const float* key_bias = memory.key_bias + stage * Of::rows;
-      const uint64_t of_k = further(all_keys, stage * bytes);
-      const auto project = [&](int part) {
-        products_begin();
-#pragma unroll
-        for (int step = 0; step < width / 16; ++step) {
-          multiply<T>(s, further(of_omega, part * bytes + 32 * step), further(of_k, 32 * step), step > 0);
-        }
-        products_end();
-        products_wait(s);
-      };
       const auto add = [&](float (&next)[2]) {
         next[0] = next[1] = masked;
-        add_exponents(s, args.scale, key_bias, next);
+        add_exponents(s, args.scale, bias_of_keys(), next);
         if (end - begin < Of::rows) {
           next[0] = next[1] = masked;
 #pragma unroll
@@ -413,19 +503,28 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         }
       };
       if (begin == 0 && end == Of::rows) {
-        barrier_wait(memory.landed + stage, parity<Of::stages>(i));
+        bool fits = bounded;
+#pragma unroll
+        for (int part = 0; part < Of::parts; ++part) {
+          fits = fits && fminf(c[part][0], c[part][1]) >= -reach;
+        }
+        wait_for_keys();
+        if (!__any_sync(~0u, barrier_or<key_barrier, Of::key_threads>(!fits))) {
+          break;
+        }
       }
       float next[Of::parts][2];
       bool far = false;
 #pragma unroll
       for (int part = 0; part < Of::parts; ++part) {
         project(part);
+        products_wait(s);
         add(next[part]);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           next[part][n] = fmaxf(c[part][n], largest_of_four(next[part][n]));
         }
-        far |= is_far(s, c[part], next[part], key_bias, begin, end);
+        far |= is_far(s, c[part], next[part], bias_of_keys(), begin, end);
       }
       far = barrier_or<key_barrier, Of::key_threads>(far);
       if (__any_sync(~0u, far) && end - begin > 1) {  // which tells the compiler that a warp's threads agree
@@ -434,68 +533,33 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       }
 
       const bool is_last = end == Of::rows;
-      const int slot = place<Of::items>(item);
-      uint4* to = memory.items + slot * Of::item + features * pieces;
-      const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
-      barrier_wait(memory.read + slot, parity<Of::items>(item) ^ 1);
+      wait_for_item();
 #pragma unroll
       for (int part = Of::parts - 1; part >= 0; --part) {
         if (part < Of::parts - 1) {
           float ignored[2];
           project(part);
+          products_wait(s);
           add(ignored);
         }
         if (part == 0 && is_last) {
-          barrier_arrive(memory.projected + stage);
+          barrier_arrive(memory.projected + place<Of::stages>(i));
         }
-        // The state before these keys, relative to their maxima.
         if (__any_sync(~0u, next[part][0] > c[part][0] || next[part][1] > c[part][1])) {
-          const float factor[2] = {exp2_approximate(c[part][0] - next[part][0]),
-                                   exp2_approximate(c[part][1] - next[part][1])};
-          rescale(kv[part], factor);
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            z[part][n] *= factor[n];
-            c[part][n] = next[part][n];
-          }
+          change_maxima(part, next[part]);
         }
-        uint32_t weights[4][4];
+        leave_state(part);
 #pragma unroll
-        for (int n = 0; n < 16; ++n) {
-          weights[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
+        for (int n = 0; n < 32; ++n) {
+          s[n] -= c[part][n / 2 % 2];
         }
-        store_matrix(to + Of::features + part * Of::matrix, weights);
-        // Of a feature's four lanes two store exponents and two sums of weights.
-        float* row = (t < 2 ? memory.exponents : memory.z) + slot * Of::M + feature + 64 * part + t % 2 * 8;
-        *row = (t < 2 ? t == 0 ? c[part][0] : c[part][1] : t == 2 ? z[part][0] : z[part][1]) + bias[part];
-        float total[2] = {0, 0};
-#pragma unroll
-        for (int n = 0; n < 16; ++n) {
-          const float x = exp2_approximate(s[2 * n] - c[part][n % 2]),
-                      y = exp2_approximate(s[2 * n + 1] - c[part][n % 2]);
-          total[n % 2] += x + y;
-          weights[n / 4][n % 4] = pack<T>(x, y);
-        }
-        store_matrix(to + part * Of::matrix, weights);
-        products_begin();
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
-        }
-        products_end();
-        z[part][0] += sum_of_four(total[0]);
-        z[part][1] += sum_of_four(total[1]);
+        add_keys(part);
       }
-      if (threadIdx.x == 0) {
-        memory.ranges[slot] = {begin, end};
-      }
-      copies_visible();
-      barrier_arrive(memory.full + slot);
+      end_item(begin, end);
 #pragma unroll
       for (int part = 0; part < Of::parts; ++part) {
         products_wait(kv[part]);
       }
-      ++item;
       if (!is_last) {
         const int rows = end - begin;
         begin = end;
@@ -504,6 +568,39 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       }
       begin = 0;
       ++i;
+    }
+    if (i < until) {  // no more maxima; the keys of the first of these tiles are there
+#pragma unroll
+      for (int part = 0; part < Of::parts; ++part) {
+        change_maxima(part, {0, 0});
+      }
+      project(0);
+      while (true) {
+        wait_for_item();
+#pragma unroll
+        for (int part = 0; part < Of::parts; ++part) {
+          leave_state(part);
+          products_wait(s);
+          add_exponents(s, args.scale, bias_of_keys());
+          if (part == Of::parts - 1) {
+            barrier_arrive(memory.projected + place<Of::stages>(i));
+          }
+          add_keys(part);
+          if (part < Of::parts - 1) {
+            products_wait(kv[part]);
+            project(part + 1);
+          }
+        }
+        end_item(0, Of::rows);
+        if (++i < until) {
+          wait_for_keys();
+        }
+        products_wait(kv[Of::parts - 1]);
+        if (i == until) {
+          break;
+        }
+        project(0);
+      }
     }
     if (i == last && share.query == 0 && args.kv != nullptr) {
 #pragma unroll
@@ -626,7 +723,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
 // The warpgroups for queries. The copies of a warpgroup's first tile are there.
 template <typename Of, typename T>
 __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
-  const int group = (threadIdx.x - Of::key_threads) / 128;
+  const int group = uniform((threadIdx.x - Of::key_threads) / 128);
   uint4* ring = memory.q + group * Of::stages * Of::matrix;
   int i = 0, item = 0;
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
