@@ -189,6 +189,13 @@ constexpr float reach = 48;
 // above `room`, and all maxima are above -reach, 0 is as good as the maxima, which are then no longer looked for.
 constexpr float shift = 24, room = 72;
 
+// Adds to total[0] and total[2] what 16 columns of a thread's two rows sum to.
+template <typename T>
+__device__ __forceinline__ void add_columns(float (&total)[4], const uint32_t (&a)[4]) {
+  const uint32_t ones = pack<T>(1, 1);
+  multiply_warp<T>(total, a, ones, ones);
+}
+
 // The sums over the keys before a tile, of a thread's two features.
 template <int M, typename T>
 __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile, int share, int feature,
@@ -438,12 +445,14 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   // Leaves the features of the item's keys, whose exponents s are relative to c, and starts to add them to the sums.
   const auto add_keys = [&](int part) {
     uint32_t weights[4][4];
-    float total[2] = {0, 0};
+    float total[4] = {};
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
-      total[n % 2] += x + y;
-      weights[n / 4][n % 4] = pack<T>(x, y);
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        weights[n][m] = pack<T>(exp2_approximate(s[8 * n + 2 * m]), exp2_approximate(s[8 * n + 2 * m + 1]));
+      }
+      add_columns<T>(total, weights[n]);
     }
     store_matrix(memory.items + place<Of::items>(item) * Of::item + features * pieces + part * Of::matrix, weights);
     const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
@@ -453,8 +462,8 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
     }
     products_end();
-    z[part][0] += sum_of_four(total[0]);
-    z[part][1] += sum_of_four(total[1]);
+    z[part][0] += total[0];
+    z[part][1] += total[2];
   };
   const auto end_item = [&](int begin, int end) {
     const int slot = place<Of::items>(item);
