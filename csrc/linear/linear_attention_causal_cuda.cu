@@ -12,7 +12,7 @@
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
-// items, parts of which one row is always right. Where no feature's exponents can be far from 2^shift, c is that.
+// items, parts of which one row is always right. Where exponents are bounded, c is a constant.
 //
 // With few heads, their tokens are divided among blocks: a kernel sums the keys of each share that others of its head
 // follow, in pieces, as many as run at once, a second one those before each. Exponents are in base 2.
@@ -41,7 +41,7 @@ struct Plan {
   static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
   static constexpr int values = M == 256 ? 3 : 4;
   static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
-  static constexpr int floats = 2 * M * items + stages * rows;
+  static constexpr int floats = (M + M / 2) * items + stages * rows;
   static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values + 2 * stages);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
   static_assert(64 * parts * key_groups == M && M % query_part == 0);
@@ -60,12 +60,13 @@ __device__ __forceinline__ uint32_t parity(uint32_t n) {
   return n / N % 2;
 }
 
-// An item also has what features add to queries' exponents, the sums of their weights before it, and the rows [x, y) of
-// the tile that it is for.
+// An item also has what features add to queries' exponents, the sums of their weights before it, as the right operand
+// of a warp's product, and the rows [x, y) of the tile that it is for; x is -1 where keys' exponents are bounded.
 template <typename Of>
 struct Memory {
   uint4 *omega, *items, *k, *v, *q;
-  float *exponents, *z, *key_bias;
+  float *exponents, *key_bias;
+  uint4* z;
   int2* ranges;
   uint64_t *full, *read;         // an item is there; it is no longer needed
   uint64_t *landed, *projected;  // keys are there, with their values and biases; they are no longer needed
@@ -78,9 +79,9 @@ struct Memory {
         v(k + Of::stages * Of::matrix),
         q(v + Of::values * Of::matrix),
         exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::stages * Of::matrix)),
-        z(exponents + Of::items * Of::M),
-        key_bias(z + Of::items * Of::M),
-        ranges(reinterpret_cast<int2*>(key_bias + Of::stages * Of::rows)),
+        key_bias(exponents + Of::items * Of::M),
+        z(reinterpret_cast<uint4*>(key_bias + Of::stages * Of::rows)),
+        ranges(reinterpret_cast<int2*>(z + Of::items * (Of::M / 8))),
         full(reinterpret_cast<uint64_t*>(ranges + Of::items)),
         read(full + Of::items),
         landed(read + Of::items),
@@ -185,9 +186,9 @@ __device__ __forceinline__ void store_matrix(uint4* to, const uint32_t (&values)
 // two weights that may be as much smaller again, are far from what a float32 flushes to 0.
 constexpr float reach = 48;
 
-// Exponents of keys are less by `shift`, here and in c: where the features of a head are such that no key's exponents are
-// above `room`, and all maxima are above -reach, 0 is as good as the maxima, which are then no longer looked for.
-constexpr float shift = 24, room = 72;
+// Exponents of keys are less by `shift`, here and in c. Where a head's features are such that no key has one above
+// `room` and the sums of weights so far are at least `least`, relative to 2^0, maxima are no longer looked for: c is 0.
+constexpr float shift = 24, room = 72, least = 1.f / (1ull << 48);
 
 // Adds to total[0] and total[2] what 16 columns of a thread's two rows sum to.
 template <typename T>
@@ -408,6 +409,8 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
   const uint64_t of_omega = operand(memory.omega + features * pieces), all_keys = operand(memory.k),
                  all_values = operand(memory.v);
+  // Of pairs of features of t = 0 to 3, of 16 features (8 and 8), the next 16 and then the next 32.
+  const int place_of_sum = feature / 32 * 32 + feature % 8 / 2 * 8 + feature / 16 % 2 * 4 + t % 2 * 2 + feature % 2;
   float kv[Of::parts][32], z[Of::parts][2] = {}, c[Of::parts][2] = {};
   float bias[Of::parts] = {};  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
   float s[32];                 // features x keys
@@ -422,13 +425,9 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     }
     products_end();
   };
-  const auto wait_for_keys = [&] {
-    barrier_wait(memory.landed + place<Of::stages>(i), parity<Of::stages>(i));
-  };
+  const auto wait_for_keys = [&] { barrier_wait(memory.landed + place<Of::stages>(i), parity<Of::stages>(i)); };
   const auto bias_of_keys = [&] { return memory.key_bias + place<Of::stages>(i) * Of::rows; };
-  const auto wait_for_item = [&] {
-    barrier_wait(memory.read + place<Of::items>(item), parity<Of::items>(item) ^ 1);
-  };
+  const auto wait_for_item = [&] { barrier_wait(memory.read + place<Of::items>(item), parity<Of::items>(item) ^ 1); };
   // Leaves the sums before the item's keys.
   const auto leave_state = [&](int part) {
     const int slot = place<Of::items>(item);
@@ -439,8 +438,12 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     }
     store_matrix(memory.items + slot * Of::item + Of::features + features * pieces + part * Of::matrix, state);
     // Of a feature's four lanes two store exponents and two sums of weights.
-    float* row = (t < 2 ? memory.exponents : memory.z) + slot * Of::M + feature + 64 * part + t % 2 * 8;
-    *row = (t < 2 ? t == 0 ? c[part][0] : c[part][1] : t == 2 ? z[part][0] : z[part][1]) + bias[part];
+    if (t < 2) {
+      memory.exponents[slot * Of::M + feature + 64 * part + 8 * t] = (t == 0 ? c[part][0] : c[part][1]) + bias[part];
+    } else {
+      const uint32_t sum = pack<T>(t == 2 ? z[part][0] : z[part][1], 0);
+      reinterpret_cast<uint16_t*>(memory.z)[slot * Of::M + place_of_sum + 64 * part] = static_cast<uint16_t>(sum);
+    }
   };
   // Leaves the features of the item's keys, whose exponents s are relative to c, and starts to add them to the sums.
   const auto add_keys = [&](int part) {
@@ -515,7 +518,10 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         bool fits = bounded;
 #pragma unroll
         for (int part = 0; part < Of::parts; ++part) {
-          fits = fits && fminf(c[part][0], c[part][1]) >= -reach;
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            fits = fits && c[part][n] <= room && z[part][n] * exp2_approximate(c[part][n]) >= least;
+          }
         }
         wait_for_keys();
         if (!__any_sync(~0u, barrier_or<key_barrier, Of::key_threads>(!fits))) {
@@ -600,7 +606,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
             project(part + 1);
           }
         }
-        end_item(0, Of::rows);
+        end_item(-1, Of::rows);
         if (++i < until) {
           wait_for_keys();
         }
@@ -622,16 +628,23 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
 
 // An item's rows, of all features. Calls `meanwhile` while the first products are under way, and `release` with the end
 // of the rows when the item is no longer needed.
+//
+// Weights of a row's features are relative to the largest. Where keys' exponents are bounded, a warp tries 2^reference
+// instead, which is as good if the sums before the item show that its rows' weights are neither too large nor too
+// small.
 template <typename Of, typename T, typename Meanwhile, typename Release>
 __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>& memory, const uint4* q, const uint4* v,
-                                          int item, T* out, int rows, Meanwhile&& meanwhile, Release&& release) {
+                                          int item, T* out, int rows, float& reference, Meanwhile&& meanwhile,
+                                          Release&& release) {
   constexpr int part = Of::query_part;
   constexpr uint32_t row_bytes = 16 * pieces;
-  const int slot = place<Of::items>(item), t = threadIdx.x % 4, row = first_row();
+  constexpr float low = 1.f / (1 << 30), high = 1, middle = 12;  // of sums, which are below 2^-middle at first
+  const int slot = uniform(place<Of::items>(item)), t = threadIdx.x % 4, row = first_row();
   const uint64_t of_q = operand(q), of_v = operand(v), of_omega = operand(memory.omega),
                  of_keys = operand(memory.items + slot * Of::item), of_state = further(of_keys, 16 * Of::features);
-  float a[32], y[32];  // queries x keys, and rows
-  float top[2] = {masked, masked}, total[2] = {0, 0};
+  float a[32], y[32];                              // queries x keys, and rows
+  float top[2] = {masked, masked}, total[4] = {};  // total[0] and total[2] are of the two rows
+  int2 range = {0, 0};
 #pragma unroll 1
   for (int from = 0; from < Of::M; from += part) {
     float p[part / 2];  // queries x features
@@ -648,31 +661,62 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     if (from == 0) {
       meanwhile();
       barrier_wait(memory.full + slot, parity<Of::items>(item));
+      range = memory.ranges[slot];
     }
     products_wait(p);
-    const float old[2] = {top[0], top[1]};
-    add_exponents(p, args.scale, memory.exponents + slot * Of::M + from, top);
-    largest_of_four(top);
-    if (from > 0) {
-      const float factor[2] = {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])};
+    const float2* exponents = reinterpret_cast<const float2*>(memory.exponents + slot * Of::M + from) + t;
 #pragma unroll
-      for (int n = 0; n < 32; ++n) {
-        a[n] *= factor[n / 2 % 2];
-        y[n] *= factor[n / 2 % 2];
-      }
-      total[0] *= factor[0];
-      total[1] *= factor[1];
+    for (int n = 0; n < part / 2; n += 2) {
+      p[n] = fmaf(p[n], args.scale, exponents[n / 4 * 4].x - reference);
+      p[n + 1] = fmaf(p[n + 1], args.scale, exponents[n / 4 * 4].y - reference);
     }
     uint32_t queries[part / 16][4];
-    const float2* pairs = reinterpret_cast<const float2*>(memory.z + slot * Of::M + from) + t;
+    const auto weigh = [&] {
+      const uint4* z = memory.z + slot * (Of::M / 8) + from / 8 + t;
 #pragma unroll
-    for (int n = 0; n < part / 4; ++n) {
-      const float2 z_pair = pairs[n / 2 * 4];
-      queries[n / 4][n % 4] =
-          pack<T>(exp2_approximate(p[2 * n] - top[n % 2]), exp2_approximate(p[2 * n + 1] - top[n % 2]));
-      float x[2];  // as rounded, so that what a row's weights add up to is what they are divided by
-      widen<T, 2>(x, {queries[n / 4][n % 4]});
-      total[n % 2] = fmaf(x[0], z_pair.x, fmaf(x[1], z_pair.y, total[n % 2]));
+      for (int n = 0; n < part / 16; ++n) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          queries[n][m] = pack<T>(exp2_approximate(p[8 * n + 2 * m]), exp2_approximate(p[8 * n + 2 * m + 1]));
+        }
+        const uint4 sums = z[n / 2 * 4];
+        multiply_warp<T>(total, queries[n], n % 2 == 0 ? sums.x : sums.z, n % 2 == 0 ? sums.y : sums.w);
+      }
+    };
+    bool is_good = part == Of::M && range.x < 0;
+    if (is_good) {
+      weigh();
+      is_good = total[0] >= low && total[2] >= low && total[0] <= high && total[2] <= high;  // no NaN either
+    }
+    if (!__all_sync(~0u, is_good)) {
+      const float old[2] = {top[0], top[1]};
+      find_largest(p, top);
+      largest_of_four(top);
+      if (from > 0) {
+        const float factor[2] = {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])};
+        rescale(a, factor);
+        rescale(y, factor);
+        rescale(total, factor);
+      } else {
+        total[0] = total[1] = total[2] = total[3] = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < part / 2; ++n) {
+        p[n] -= top[n / 2 % 2];
+      }
+      weigh();
+      if (part == Of::M) {
+        float sum = masked;  // the largest of the warp's rows, a logarithm
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          sum = total[2 * i] > 0 ? fmaxf(sum, top[i] + __log2f(total[2 * i])) : sum;
+        }
+#pragma unroll
+        for (int other = 4; other < 32; other *= 2) {
+          sum = fmaxf(sum, __shfl_xor_sync(~0u, sum, other));
+        }
+        reference += sum > masked ? sum + middle : 0;
+      }
     }
     products_begin();
 #pragma unroll
@@ -692,9 +736,6 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
   for (int n = 0; n < 16; ++n) {
     const int key = (n / 2 - n % 2) * 8;  // less the same for all
     weights[n / 4][n % 4] = pack<T>(key <= row - 2 * t ? a[2 * n] : 0, key < row - 2 * t ? a[2 * n + 1] : 0);
-    float x[2];
-    widen<T, 2>(x, {weights[n / 4][n % 4]});
-    total[n % 2] += x[0] + x[1];
   }
   products_begin();
 #pragma unroll
@@ -702,8 +743,10 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     multiply<T, Inner::b>(y, weights[n], further(of_v, n * 16 * row_bytes), true);
   }
   products_end();
-  const int2 range = memory.ranges[slot];
-  sum_of_four(total);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    add_columns<T>(total, weights[n]);
+  }
   products_wait(y);
   release(range.y);
 
@@ -712,7 +755,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
   const bool is_odd = t % 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float inverse = total[i] == 0 ? 0 : __fdividef(1, total[i]);  // 0 where there is no key yet
+    const float inverse = total[2 * i] == 0 ? 0 : __fdividef(1, total[2 * i]);  // 0 where there is no key yet
     const int at = row + 8 * i;
     uint2* to = reinterpret_cast<uint2*>(out + at * width) + 2 * (t % 2) + t / 2;
     const bool is_inside = at >= range.x && at < min(range.y, rows);
@@ -735,6 +778,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
   const int group = uniform((threadIdx.x - Of::key_threads) / 128);
   uint4* ring = memory.q + group * Of::stages * Of::matrix;
   int i = 0, item = 0;
+  float reference = 0;
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
     if (i > 0) {
       change_projection(args, memory, tile);
@@ -769,7 +813,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         };
         for (int end = 0; end < Of::rows; ++item) {
           make_rows<Of>(args, memory, ring + place<Of::stages>(turn) * Of::matrix, memory.v + value * Of::matrix, item,
-                        out + static_cast<int64_t>(first) * width, args.L - first, start, [&](int rows) {
+                        out + static_cast<int64_t>(first) * width, args.L - first, reference, start, [&](int rows) {
                           end = rows;
                           barrier_arrive(memory.read + place<Of::items>(item));
                           if (end == Of::rows) {
