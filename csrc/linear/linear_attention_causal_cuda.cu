@@ -732,10 +732,16 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
   }
   products_wait<1>(a);
   uint32_t weights[4][4];
+  // A warp's 16 rows see the keys before them, and of their own 16 those up to the row.
+  const uint32_t own = row % 8 > 2 * t ? ~0u : row % 8 == 2 * t ? 0xffffu : 0;  // of 8 rows and their keys
 #pragma unroll
-  for (int n = 0; n < 16; ++n) {
-    const int key = (n / 2 - n % 2) * 8;  // less the same for all
-    weights[n / 4][n % 4] = pack<T>(key <= row - 2 * t ? a[2 * n] : 0, key < row - 2 * t ? a[2 * n + 1] : 0);
+  for (int n = 0; n < 4; ++n) {
+    const uint32_t before = 16 * n < row / 16 * 16 ? ~0u : 0, upto = 16 * n <= row ? ~0u : 0;
+    const uint32_t seen[4] = {before | (upto & own), upto, before, before | (upto & own)};
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      weights[n][m] = pack<T>(a[8 * n + 2 * m], a[8 * n + 2 * m + 1]) & seen[m];
+    }
   }
   products_begin();
 #pragma unroll
