@@ -38,9 +38,10 @@ struct Plan {
   static constexpr int features = M * pieces;   // omega
   static constexpr int item = 2 * features;     // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
-  static constexpr int stages = 2;  // of keys, and of a warpgroup's queries
-  static constexpr int values = M == 256 ? 3 : 4;
-  static constexpr int units = features + items * item + (stages * (1 + query_groups) + values) * matrix;
+  static constexpr int stages = M == 128 ? 3 : 2, query_stages = 2;  // of keys; of a warpgroup's queries
+  static constexpr int ahead = stages - 2;  // how many tiles' copies start before one is awaited
+  static constexpr int values = M == 64 ? 4 : M == 128 ? 5 : 3;
+  static constexpr int units = features + items * item + (stages + values + query_stages * query_groups) * matrix;
   static constexpr int floats = (M + M / 2) * items + stages * rows;
   static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values + 2 * stages);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
@@ -78,7 +79,7 @@ struct Memory {
         k(items + Of::items * Of::item),
         v(k + Of::stages * Of::matrix),
         q(v + Of::values * Of::matrix),
-        exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::stages * Of::matrix)),
+        exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::query_stages * Of::matrix)),
         key_bias(exponents + Of::items * Of::M),
         z(reinterpret_cast<uint4*>(key_bias + Of::stages * Of::rows)),
         ranges(reinterpret_cast<int2*>(z + Of::items * (Of::M / 8))),
@@ -315,28 +316,28 @@ __device__ __forceinline__ void change_projection(const Args<T>& args, const Mem
   }
 }
 
-// The warpgroup that copies a share's keys and values, tile by tile. A warp has 16 rows, a thread a piece of each
-// fourth.
+// The warpgroup that copies a share's keys and values, tile by tile. A thread has a piece of each 16th row.
 template <typename Of, typename T>
 struct Copies {
-  static constexpr int step = 32 / pieces, count = 16 / step;
+  static constexpr int step = 128 / pieces, count = Of::rows / step;
 
   const Args<T>& args;
   const Memory<Of>& memory;
   Tile tile;        // the next
   const T *k, *v;   // its rows
-  int row;          // this thread's first of a tile
-  uint32_t inside;  // which of this thread's rows of the tile under way take part
+  int row, at;      // this thread's first of a tile, and where it lies
+  uint32_t inside;  // which of this thread's rows of the last tile take part
 
   __device__ __forceinline__ Copies(const Args<T>& args, const Memory<Of>& memory, const Tile& tile)
-      : args(args), memory(memory), tile(tile), row(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / pieces) {
+      : args(args), memory(memory), tile(tile), row(threadIdx.x % 128 / pieces) {
+    at = piece(row, threadIdx.x % pieces);  // a step keeps the swizzle
     find();
   }
 
   __device__ __forceinline__ void find() {
-    const int at = tile.first + row, u = threadIdx.x % pieces;
-    k = args.k.at(tile.b(args), tile.h(args)) + at * args.k.l + u * 8;
-    v = args.v.at(tile.b(args), tile.h(args)) + at * args.v.l + u * 8;
+    const int first = tile.first + row, u = threadIdx.x % pieces;
+    k = args.k.at(tile.b(args), tile.h(args)) + first * args.k.l + u * 8;
+    v = args.v.at(tile.b(args), tile.h(args)) + first * args.v.l + u * 8;
   }
 
   // For this block's tile number i.
@@ -352,50 +353,66 @@ struct Copies {
     }
     copy(k, args.k.l, memory.k + place<Of::stages>(i) * Of::matrix);
     copy(v, args.v.l, memory.v + place<Of::values>(i) * Of::matrix);
-    copies_end();
     tile.next(args);
     if (tile.first == 0) {
       find();
-    } else {
-      k += Of::rows * args.k.l;
-      v += Of::rows * args.v.l;
     }
   }
 
-  __device__ __forceinline__ void copy(const T* from, int64_t stride, uint4* to) const {
+  // Leaves `from` at the next tile's row.
+  __device__ __forceinline__ void copy(const T*& from, int64_t stride, uint4* to) const {
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      copy_async<16>(to + piece(row + n * step, threadIdx.x % pieces), from + n * step * stride, inside >> n & 1);
+      copy_async<16>(to + at + n * step * pieces, from, inside >> n & 1);
+      from += step * stride;
     }
   }
 
-  // The exponents that a warp's 16 keys add to their projections.
-  __device__ __forceinline__ void fill_bias(int i) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, first = threadIdx.x % 128 / 32 * 16;
-    float norms[2] = {0, 0};
+  // The exponents that keys add to their projections, of the rows of which this thread has copied a piece.
+  __device__ __forceinline__ void fill_bias(int i, uint32_t inside) const {
+    const uint4* keys = memory.k + place<Of::stages>(i) * Of::matrix + at;
+    float sums[count] = {};
     if (args.norm != 0) {
-      find_norms<T>(memory.k + place<Of::stages>(i) * Of::matrix + first * pieces, norms);
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        float x[8];
+        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(keys + n * step * pieces));
+#pragma unroll
+        for (float value : x) {
+          sums[n] = fmaf(value, value, sums[n]);
+        }
+      }
+#pragma unroll
+      for (int other = 1; other < pieces; other *= 2) {
+#pragma unroll
+        for (float& sum : sums) {
+          sum += __shfl_xor_sync(~0u, sum, other);
+        }
+      }
     }
-    const uint32_t own = __shfl_sync(~0u, inside, g % step * pieces) >> g / step;
-    if (lane % 4 == g / 2) {
-      float* to = memory.key_bias + place<Of::stages>(i) * Of::rows + first + g;
-      to[0] = own & 1 ? norms[0] * args.norm - shift : masked;
-      to[8] = own >> 8 / step & 1 ? norms[1] * args.norm - shift : masked;
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      if (threadIdx.x % pieces == n) {
+        memory.key_bias[place<Of::stages>(i) * Of::rows + row + n * step] =
+            inside >> n & 1 ? sums[n] * args.norm - shift : masked;
+      }
     }
   }
 
   // The first tile's copies are under way.
   __device__ __forceinline__ void walk(int tiles) {
     for (int i = 0; i < tiles; ++i) {
-      if (i > 0) {
-        barrier_wait(memory.projected + place<Of::stages>(i), parity<Of::stages>(i) ^ 1);
-        barrier_wait(memory.left + place<Of::values>(i), parity<Of::values>(i) ^ 1);
-        start(i);
+      const int next = i + Of::ahead;
+      uint32_t own = inside;
+      if (next > 0 && next < tiles) {
+        barrier_wait(memory.projected + place<Of::stages>(next), parity<Of::stages>(next) ^ 1);
+        barrier_wait(memory.left + place<Of::values>(next), parity<Of::values>(next) ^ 1);
+        start(next);
       }
-      copies_wait<0>();
+      copies_end();
+      copies_wait<Of::ahead>();
       copies_visible();
-      __syncwarp();
-      fill_bias(i);
+      fill_bias(i, Of::ahead == 0 ? inside : own);
       barrier_arrive(memory.landed + place<Of::stages>(i));
     }
   }
@@ -782,7 +799,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
 template <typename Of, typename T>
 __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
   const int group = uniform((threadIdx.x - Of::key_threads) / 128);
-  uint4* ring = memory.q + group * Of::stages * Of::matrix;
+  uint4* ring = memory.q + group * Of::query_stages * Of::matrix;
   int i = 0, item = 0;
   float reference = 0;
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
@@ -805,7 +822,7 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         const auto start = [&] {  // to copy the next ones, once
           if (starts) {
             starts = false;
-            uint4* to = ring + place<Of::stages>(turn + 1) * Of::matrix;
+            uint4* to = ring + place<Of::query_stages>(turn + 1) * Of::matrix;
             if (i + Of::query_groups < until) {
               start_queries<Of>(args, queries, first + Of::query_groups * Of::rows, to);
             } else {
@@ -818,8 +835,9 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
           }
         };
         for (int end = 0; end < Of::rows; ++item) {
-          make_rows<Of>(args, memory, ring + place<Of::stages>(turn) * Of::matrix, memory.v + value * Of::matrix, item,
-                        out + static_cast<int64_t>(first) * width, args.L - first, reference, start, [&](int rows) {
+          make_rows<Of>(args, memory, ring + place<Of::query_stages>(turn) * Of::matrix, memory.v + value * Of::matrix,
+                        item, out + static_cast<int64_t>(first) * width, args.L - first, reference, start,
+                        [&](int rows) {
                           end = rows;
                           barrier_arrive(memory.read + place<Of::items>(item));
                           if (end == Of::rows) {
@@ -855,6 +873,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   if (threadIdx.x >= Of::walkers) {
     Copies<Of, T> copies(args, memory, share.begin);
     copies.start(0);
+    copies_end();
     __syncthreads();
     change_registers<Of::registers, Of::copy_registers>();
     copies.walk(share.count);
@@ -869,7 +888,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
     }
     if (group < share.count) {
       start_queries<Of>(args, queries_of(args, own, share.query), own.first,
-                        memory.q + group * Of::stages * Of::matrix);
+                        memory.q + group * Of::query_stages * Of::matrix);
     }
   }
   fill_projection<T, Of::M, Of::walkers>(args.projection, share.begin.h(args), memory.omega);
