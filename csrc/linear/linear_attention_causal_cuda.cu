@@ -147,16 +147,49 @@ struct Share {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ const T* queries_of(const Args<T>& args, const Tile& tile, int query) {
-  return args.q.at(tile.b(args), static_cast<int64_t>(tile.h(args)) * args.queries + query);
-}
-
+// Copies a warpgroup's queries, from the share's tile number `first` on. A thread has a piece of each 16th row.
 template <typename Of, typename T>
-__device__ __forceinline__ void start_queries(const Args<T>& args, const T* rows, int first, uint4* to) {
-  fetch<128, Of::rows>(rows, args.q.l, first, to, [&](int row) { return row < args.L; });
-  copies_end();
-}
+struct QueryCopies {
+  static constexpr int step = 128 / pieces;
+
+  const Args<T>& args;
+  int query;      // of the share
+  Tile tile;      // the next
+  const T* from;  // its rows
+  int row;
+
+  __device__ __forceinline__ QueryCopies(const Args<T>& args, const Share& share, int first)
+      : args(args), query(share.query), tile(share.begin), row(threadIdx.x % 128 / pieces) {
+    for (int n = 0; n < first; ++n) {
+      tile.next(args);
+    }
+    find();
+  }
+
+  __device__ __forceinline__ void find() {
+    const T* rows = args.q.at(tile.b(args), static_cast<int64_t>(tile.h(args)) * args.queries + query);
+    from = rows + (tile.first + row) * args.q.l + threadIdx.x % pieces * 8;
+  }
+
+  __device__ __forceinline__ void start(uint4* to) {
+    to += piece(row, threadIdx.x % pieces);  // a step keeps the swizzle
+#pragma unroll
+    for (int n = 0; n < Of::rows; n += step) {
+      copy_async<16>(to + n * pieces, from, tile.first + row + n < args.L);
+      from += step * args.q.l;
+    }
+    copies_end();
+    const int head = tile.head;
+    for (int n = 0; n < Of::query_groups; ++n) {
+      tile.next(args);
+    }
+    if (tile.head != head) {
+      find();
+    } else {
+      from += (Of::query_groups - 1) * Of::rows * args.q.l;
+    }
+  }
+};
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -800,6 +833,7 @@ template <typename Of, typename T>
 __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
   const int group = uniform((threadIdx.x - Of::key_threads) / 128);
   uint4* ring = memory.q + group * Of::query_stages * Of::matrix;
+  QueryCopies<Of, T> copies(args, share, group + Of::query_groups);
   int i = 0, item = 0;
   float reference = 0;
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
@@ -807,9 +841,9 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
       change_projection(args, memory, tile);
     }
     const int until = min(i + tile.left(args), share.count);
-    const T* queries = queries_of(args, tile, share.query);
-    T* out = args.out + (static_cast<int64_t>(tile.head) * args.queries + share.query) * args.L * width;
-    for (int first = tile.first; i < until; ++i, first += Of::rows) {
+    const int64_t row = (static_cast<int64_t>(tile.head) * args.queries + share.query) * args.L + tile.first;
+    T* out = args.out + row * width;
+    for (int rows = args.L - tile.first; i < until; ++i, rows -= Of::rows, out += Of::rows * width) {
       const int turn = i / Of::query_groups, value = place<Of::values>(i);
       if (i % Of::query_groups == group) {
         // The queries are there, and everyone has left those before, to whose place the next ones come.
@@ -822,23 +856,13 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
         const auto start = [&] {  // to copy the next ones, once
           if (starts) {
             starts = false;
-            uint4* to = ring + place<Of::query_stages>(turn + 1) * Of::matrix;
-            if (i + Of::query_groups < until) {
-              start_queries<Of>(args, queries, first + Of::query_groups * Of::rows, to);
-            } else {
-              Tile ahead{tile.head, first};
-              for (int n = 0; n < Of::query_groups; ++n) {
-                ahead.next(args);
-              }
-              start_queries<Of>(args, queries_of(args, ahead, share.query), ahead.first, to);
-            }
+            copies.start(ring + place<Of::query_stages>(turn + 1) * Of::matrix);
           }
         };
         for (int end = 0; end < Of::rows; ++item) {
           make_rows<Of>(args, memory, ring + place<Of::query_stages>(turn) * Of::matrix, memory.v + value * Of::matrix,
-                        item, out + static_cast<int64_t>(first) * width, args.L - first, reference, start,
-                        [&](int rows) {
-                          end = rows;
+                        item, out, rows, reference, start, [&](int last) {
+                          end = last;
                           barrier_arrive(memory.read + place<Of::items>(item));
                           if (end == Of::rows) {
                             barrier_arrive(memory.left + value);
@@ -882,13 +906,8 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   const bool is_key = threadIdx.x < Of::key_threads;
   if (!is_key) {
     const int group = (threadIdx.x - Of::key_threads) / 128;
-    Tile own = share.begin;
-    for (int n = 0; n < group; ++n) {
-      own.next(args);
-    }
     if (group < share.count) {
-      start_queries<Of>(args, queries_of(args, own, share.query), own.first,
-                        memory.q + group * Of::query_stages * Of::matrix);
+      QueryCopies<Of, T>(args, share, group).start(memory.q + group * Of::query_stages * Of::matrix);
     }
   }
   fill_projection<T, Of::M, Of::walkers>(args.projection, share.begin.h(args), memory.omega);
