@@ -714,11 +714,19 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
       range = memory.ranges[slot];
     }
     products_wait(p);
-    const float2* exponents = reinterpret_cast<const float2*>(memory.exponents + slot * Of::M + from) + t;
+    const bool is_bounded = range.x < 0;
+    if (is_bounded && args.bias == nullptr) {  // exponents are 0
 #pragma unroll
-    for (int n = 0; n < part / 2; n += 2) {
-      p[n] = fmaf(p[n], args.scale, exponents[n / 4 * 4].x - reference);
-      p[n + 1] = fmaf(p[n + 1], args.scale, exponents[n / 4 * 4].y - reference);
+      for (float& x : p) {
+        x = fmaf(x, args.scale, -reference);
+      }
+    } else {
+      const float2* exponents = reinterpret_cast<const float2*>(memory.exponents + slot * Of::M + from) + t;
+#pragma unroll
+      for (int n = 0; n < part / 2; n += 2) {
+        p[n] = fmaf(p[n], args.scale, exponents[n / 4 * 4].x - reference);
+        p[n + 1] = fmaf(p[n + 1], args.scale, exponents[n / 4 * 4].y - reference);
+      }
     }
     uint32_t queries[part / 16][4];
     const auto weigh = [&] {
@@ -733,7 +741,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
         multiply_warp<T>(total, queries[n], n % 2 == 0 ? sums.x : sums.z, n % 2 == 0 ? sums.y : sums.w);
       }
     };
-    bool is_good = part == Of::M && range.x < 0;
+    bool is_good = part == Of::M && is_bounded;
     if (is_good) {
       weigh();
       is_good = total[0] >= low && total[2] >= low && total[0] <= high && total[2] <= high;  // no NaN either
