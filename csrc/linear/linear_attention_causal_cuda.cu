@@ -231,16 +231,16 @@ __device__ __forceinline__ void add_columns(float (&total)[4], const uint32_t (&
   multiply_warp<T>(total, a, ones, ones);
 }
 
-// The sums over the keys before a tile, of a thread's two features.
+// The sums over the keys before a tile, of a thread's two features: z[0] and z[2] are theirs, for add_columns.
 template <int M, typename T>
 __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile, int share, int feature,
-                                           float (&kv)[32], float (&z)[2], float (&c)[2]) {
+                                           float (&kv)[32], float (&z)[4], float (&c)[2]) {
   const bool is_part = tile.first > 0;
   const float *from_kv = is_part ? args.part_kv : args.kv0, *from_z = is_part ? args.part_z : args.z0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = static_cast<int64_t>(is_part ? share - 1 : tile.head) * M + feature + 8 * i;
-    z[i] = from_kv == nullptr ? 0 : from_z[row];
+    z[2 * i] = from_kv == nullptr ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
       c[i] = args.part_c[row] - shift;
@@ -261,7 +261,7 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
 
 template <int M, typename T>
 __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float (&kv)[32],
-                                            const float (&z)[2], const float (&c)[2]) {
+                                            const float (&z)[4], const float (&c)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -271,7 +271,7 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
       *reinterpret_cast<float2*>(args.kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i], kv[4 * j + 2 * i + 1]};
     }
     if (t == 0) {
-      args.z[row] = z[i];
+      args.z[row] = z[2 * i];
       args.log_scale[row] = (c[i] + shift + feature_bias(args, tile.h(args), feature + 8 * i)) * ln2;
     }
   }
@@ -461,7 +461,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
                  all_values = operand(memory.v);
   // Of pairs of features of t = 0 to 3, of 16 features (8 and 8), the next 16 and then the next 32.
   const int place_of_sum = feature / 32 * 32 + feature % 8 / 2 * 8 + feature / 16 % 2 * 4 + t % 2 * 2 + feature % 2;
-  float kv[Of::parts][32], z[Of::parts][2] = {}, c[Of::parts][2] = {};
+  float kv[Of::parts][32], z[Of::parts][4] = {}, c[Of::parts][2] = {};
   float bias[Of::parts] = {};  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
   float s[32];                 // features x keys
   int i = 0, item = 0;
@@ -491,21 +491,20 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     if (t < 2) {
       memory.exponents[slot * Of::M + feature + 64 * part + 8 * t] = (t == 0 ? c[part][0] : c[part][1]) + bias[part];
     } else {
-      const uint32_t sum = pack<T>(t == 2 ? z[part][0] : z[part][1], 0);
+      const uint32_t sum = pack<T>(t == 2 ? z[part][0] : z[part][2], 0);
       reinterpret_cast<uint16_t*>(memory.z)[slot * Of::M + place_of_sum + 64 * part] = static_cast<uint16_t>(sum);
     }
   };
   // Leaves the features of the item's keys, whose exponents s are relative to c, and starts to add them to the sums.
   const auto add_keys = [&](int part) {
     uint32_t weights[4][4];
-    float total[4] = {};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         weights[n][m] = pack<T>(exp2_approximate(s[8 * n + 2 * m]), exp2_approximate(s[8 * n + 2 * m + 1]));
       }
-      add_columns<T>(total, weights[n]);
+      add_columns<T>(z[part], weights[n]);
     }
     store_matrix(memory.items + place<Of::items>(item) * Of::item + features * pieces + part * Of::matrix, weights);
     const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
@@ -515,8 +514,6 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       multiply<T, Inner::b>(kv[part], weights[n], further(of_v, n * 16 * row_bytes), true);
     }
     products_end();
-    z[part][0] += total[0];
-    z[part][1] += total[2];
   };
   const auto end_item = [&](int begin, int end) {
     const int slot = place<Of::items>(item);
@@ -533,7 +530,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     rescale(kv[part], factor);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      z[part][n] *= factor[n];
+      z[part][2 * n] *= factor[n];
       c[part][n] = next[n];
     }
   };
@@ -570,7 +567,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         for (int part = 0; part < Of::parts; ++part) {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            fits = fits && c[part][n] <= room && z[part][n] * exp2_approximate(c[part][n]) >= least;
+            fits = fits && c[part][n] <= room && z[part][2 * n] * exp2_approximate(c[part][n]) >= least;
           }
         }
         wait_for_keys();
