@@ -222,6 +222,7 @@ constexpr float reach = 48;
 
 // Exponents of keys are less by `shift`, here and in c. Where a head's features are such that no key has one above
 // `room` and the sums of weights so far are at least `least`, relative to 2^0, maxima are no longer looked for: c is 0.
+// Most features' maxima are far below |w|^2 / 2, which room + shift has to exceed.
 constexpr float shift = 24, room = 72, least = 1.f / (1ull << 48);
 
 // Adds to total[0] and total[2] what 16 columns of a thread's two rows sum to.
@@ -459,7 +460,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   constexpr uint32_t row_bytes = 16 * pieces, bytes = 16 * Of::matrix;
   const uint64_t of_omega = operand(memory.omega + features * pieces), all_keys = operand(memory.k),
                  all_values = operand(memory.v);
-  // Of pairs of features of t = 0 to 3, of 16 features (8 and 8), the next 16 and then the next 32.
+  // Of 32 features a thread of the right operand has pairs 2 t, 2 t + 8, 2 t + 16 and 2 t + 24 together.
   const int place_of_sum = feature / 32 * 32 + feature % 8 / 2 * 8 + feature / 16 % 2 * 4 + t % 2 * 2 + feature % 2;
   float kv[Of::parts][32], z[Of::parts][4] = {}, c[Of::parts][2] = {};
   float bias[Of::parts] = {};  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
@@ -711,8 +712,8 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
       range = memory.ranges[slot];
     }
     products_wait(p);
-    const bool is_bounded = range.x < 0;
-    if (is_bounded && args.bias == nullptr) {  // exponents are 0
+    const bool bounded = range.x < 0;
+    if (bounded && args.bias == nullptr) {  // exponents are 0
 #pragma unroll
       for (float& x : p) {
         x = fmaf(x, args.scale, -reference);
@@ -738,7 +739,7 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
         multiply_warp<T>(total, queries[n], n % 2 == 0 ? sums.x : sums.z, n % 2 == 0 ? sums.y : sums.w);
       }
     };
-    bool is_good = part == Of::M && is_bounded;
+    bool is_good = part == Of::M && bounded;
     if (is_good) {
       weigh();
       is_good = total[0] >= low && total[2] >= low && total[0] <= high && total[2] <= high;  // no NaN either
