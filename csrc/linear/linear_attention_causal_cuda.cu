@@ -39,7 +39,6 @@ struct Plan {
   static constexpr int item = 2 * features;     // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
   static constexpr int stages = M == 128 ? 3 : 2, query_stages = 2;  // of keys; of a warpgroup's queries
-  static constexpr int ahead = stages - 2;  // how many tiles' copies start before one is awaited
   static constexpr int values = M == 64 ? 4 : M == 128 ? 5 : 3;
   static constexpr int units = features + items * item + (stages + values + query_stages * query_groups) * matrix;
   static constexpr int floats = (M + M / 2) * items + stages * rows;
@@ -354,6 +353,7 @@ __device__ __forceinline__ void change_projection(const Args<T>& args, const Mem
 template <typename Of, typename T>
 struct Copies {
   static constexpr int step = 128 / pieces, count = Of::rows / step;
+  static constexpr int ahead = Of::stages - 2;  // how many tiles' copies start before one is awaited
 
   const Args<T>& args;
   const Memory<Of>& memory;
@@ -436,7 +436,7 @@ struct Copies {
   // The first tile's copies are under way.
   __device__ __forceinline__ void walk(int tiles) {
     for (int i = 0; i < tiles; ++i) {
-      const int next = i + Of::ahead;
+      const int next = i + ahead;
       uint32_t own = inside;
       if (next > 0 && next < tiles) {
         barrier_wait(memory.projected + place<Of::stages>(next), parity<Of::stages>(next) ^ 1);
@@ -444,9 +444,9 @@ struct Copies {
         start(next);
       }
       copies_end();
-      copies_wait<Of::ahead>();
+      copies_wait<ahead>();
       copies_visible();
-      fill_bias(i, Of::ahead == 0 ? inside : own);
+      fill_bias(i, ahead == 0 ? inside : own);
       barrier_arrive(memory.landed + place<Of::stages>(i));
     }
   }
