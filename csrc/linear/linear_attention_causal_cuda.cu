@@ -539,7 +539,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     if (i > 0) {
       change_projection(args, memory, tile);
     }
-    bool bounded = args.norm != 0;
+    bool bounded = true;
 #pragma unroll
     for (int part = 0; part < Of::parts; ++part) {
       const int row = feature + 64 * part;
@@ -563,17 +563,19 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
         }
       };
       if (begin == 0 && end == Of::rows) {
-        bool fits = bounded;
-#pragma unroll
-        for (int part = 0; part < Of::parts; ++part) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            fits = fits && c[part][n] <= room && z[part][2 * n] * exp2_approximate(c[part][n]) >= least;
-          }
-        }
         wait_for_keys();
-        if (!__any_sync(~0u, barrier_or<key_barrier, Of::key_threads>(!fits))) {
-          break;
+        if (args.norm != 0) {
+          bool fits = bounded;
+#pragma unroll
+          for (int part = 0; part < Of::parts; ++part) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              fits = fits && c[part][n] <= room && z[part][2 * n] * exp2_approximate(c[part][n]) >= least;
+            }
+          }
+          if (!__any_sync(~0u, barrier_or<key_barrier, Of::key_threads>(!fits))) {
+            break;
+          }
         }
       }
       float next[Of::parts][2];
