@@ -170,6 +170,10 @@ __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int ro
 template <typename T, int M>
 void head_attention(const Args<T>& args, int multiprocessors, int device, cudaStream_t stream);
 
+// Attention of M = 64 or 128 features with a block for each key head. False where q, k and v cannot be copied so.
+template <typename T, int M>
+bool whole_attention(Args<T> args, int device, cudaStream_t stream);
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Squared norms of 16 rows by a warp: lane (g, t) = (lane / 4, lane % 4), with t = g / 2, has those of rows g and g

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "linear_attention.cuh"
 #include "linear_attention_cuda.h"
+#include "linear_attention_sums.cuh"
 
 // Attention of exponential features on Hopper's tensor cores: softmax attention twice. Features attend over keys,
 // a warpgroup for each 64 features, with the running maximum of a feature's exponents kept out of its sums; then
@@ -20,7 +20,7 @@ namespace fastrpe {
 namespace linear {
 namespace {
 
-enum class Pass { both, keys, queries };
+enum class Pass { keys, queries };
 
 // Shared memory is in units of 16 bytes; rows of 128 bytes are swizzled.
 template <Pass Kernel, int Features>
@@ -31,140 +31,45 @@ struct Plan {
   static constexpr int groups = threads / 128;  // warpgroups
   static constexpr int blocks = 4 / groups;     // of a multiprocessor
   static constexpr int features = M * pieces;   // of a matrix of M rows
-  static constexpr int matrices = pass == Pass::both ? 2 : pass == Pass::keys ? 1 : 3;
+  static constexpr int matrices = pass == Pass::keys ? 1 : 3;
   static constexpr int keys = M == 64 ? 64 : 128;  // of a tile
   static constexpr int stage = 2 * keys * pieces;
-  static constexpr int stages = pass == Pass::both || M == 64 ? 2 : M == 128 ? 3 : 6;
-  static constexpr int rows = 64;                                        // queries of a tile
-  static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;  // tiles of a warpgroup
+  static constexpr int stages = M == 64 ? 2 : M == 128 ? 3 : 6;
+  static constexpr int rows = 64;               // queries of a tile
+  static constexpr int ring = M == 64 ? 3 : 4;  // tiles of a warpgroup
   static constexpr int rings = groups * ring * rows * pieces;
   static constexpr int pool = pass == Pass::queries ? rings : stages * stage;
   // Whether a tile's biases are made during the tile before.
   static constexpr bool ahead = pass == Pass::keys && M == 128;
   static constexpr int biases = ahead ? 2 * keys : keys;
-  static constexpr bool refers = pass == Pass::both;  // queries need no largest exponent
-  static constexpr int floats = pass == Pass::both ? M + biases + threads / 32 : pass == Pass::keys ? biases : 2 * M;
+  static constexpr int floats = pass == Pass::keys ? biases : 2 * M;
   static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
-  static_assert(pass != Pass::both || pool == stage + rings);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
 };
 
-// With a kernel of their own, queries have two sets of means and exponents, of neighbouring heads.
+// Queries have two sets of means and exponents, of neighbouring heads.
 template <typename Of>
 struct Memory {
   uint4 *omega, *means, *pool;
   float *exponents, *key_bias;
-  uint32_t* norms;  // the bits of the projection's largest squared ones, of each warp
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + Of::features),
         pool(omega + Of::matrices * Of::features),
         exponents(reinterpret_cast<float*>(pool + Of::pool)),
-        key_bias(exponents + (Of::pass == Pass::keys ? 0 : Of::M)),
-        norms(reinterpret_cast<uint32_t*>(key_bias + Of::biases)) {}
+        key_bias(exponents) {}
 
   __device__ __forceinline__ uint4* means_of(int head) const {
-    return means + (Of::pass == Pass::queries ? head % 2 * Of::features : 0);
+    return means + head % 2 * Of::features;
   }
 
   __device__ __forceinline__ float* exponents_of(int head) const {
-    return exponents + (Of::pass == Pass::queries ? head % 2 * Of::M : 0);
+    return exponents + head % 2 * Of::M;
   }
 };
 
-// Of piece u of a row of the product a thread holds pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the
-// values.
-template <int M, typename T>
-__device__ __forceinline__ void store_state(const Args<T>& args, const Place& place, int row, int u,
-                                            const float2 (&kv)[4], float z, float c) {
-  const int64_t feature = static_cast<int64_t>(place.head) * M + row;
-  float* to = args.kv + feature * width + u / 4 * 32 + u % 4 * 2;
-#pragma unroll
-  for (int p = 0; p < 4; ++p) {
-    *reinterpret_cast<float2*>(to + 8 * p) = kv[p];
-  }
-  if (u == 0) {
-    args.z[feature] = z;
-    args.log_scale[feature] = (c + feature_bias(args, place.h, row)) * ln2;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ uint4 mean_value(const float2 (&kv)[4], float z) {
-  const float inverse = z == 0 ? 0 : 1 / z;
-  return {pack<T>(kv[0].x * inverse, kv[0].y * inverse), pack<T>(kv[1].x * inverse, kv[1].y * inverse),
-          pack<T>(kv[2].x * inverse, kv[2].y * inverse), pack<T>(kv[3].x * inverse, kv[3].y * inverse)};
-}
-
-// What a feature adds to a query's exponent; its bias counts for keys and for queries.
-template <typename T>
-__device__ __forceinline__ float query_exponent(const Args<T>& args, int h, int row, float z, float c) {
-  return z == 0 ? empty : c + log2f(z) + 2 * feature_bias(args, h, row);
-}
-
-__device__ __forceinline__ void add(float2& to, float x, float y, float factor) {
-  to = {fmaf(x, factor, to.x), fmaf(y, factor, to.y)};
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// c (64 rows x 2 R) = a b^T over the width.
-template <typename T, int R>
-__device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uint4* b) {
-  const uint64_t of_a = operand(a), of_b = operand(b);
-  products_begin();
-#pragma unroll
-  for (int step = 0; step < width / 16; ++step) {
-    multiply<T>(c, further(of_a, 32 * step), further(of_b, 32 * step), step > 0);
-  }
-  products_end();
-}
-
-// weights = 2^(s - top), and total += them.
-template <typename T, int R>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R],
-                                      const float (&top)[2]) {
-#pragma unroll
-  for (int n = 0; n < R / 2; ++n) {
-    const float x = exp2_approximate(s[2 * n] - top[n % 2]), y = exp2_approximate(s[2 * n + 1] - top[n % 2]);
-    total[n % 2] += x + y;
-    weights[n / 4][n % 4] = pack<T>(x, y);
-  }
-}
-
-// The same without a largest.
-template <typename T, int R>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R]) {
-#pragma unroll
-  for (int n = 0; n < R / 2; ++n) {
-    const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
-    total[n % 2] += x + y;
-    weights[n / 4][n % 4] = pack<T>(x, y);
-  }
-}
-
-// sums (= or +=) weights values, in the background; `values` has a row for each column of the weights.
-template <typename T, int N>
-__device__ __forceinline__ void add_values(float (&sums)[32], const uint32_t (&weights)[N][4], const uint4* values,
-                                           bool add) {
-  const uint64_t of_values = operand(values);
-  products_begin();
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
-  }
-  products_end();
-}
-
-__device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], const float (&factor)[2]) {
-#pragma unroll
-  for (int n = 0; n < 32; ++n) {
-    sums[n] *= factor[n / 2 % 2];
-  }
-  total[0] *= factor[0];
-  total[1] *= factor[1];
-}
 
 // Copies of this block's keys and values, tile by tile; a thread has a piece of each step-th row. Where biases are made
 // ahead, a warp copies the 16 rows whose biases it makes.
@@ -205,7 +110,7 @@ struct KeyCopies {
     copy(k, args.k.l, inside, stage);
     copy(v, args.v.l, inside, stage + Of::stage / 2);
     first += Of::keys;
-    if (Of::pass == Pass::keys && first >= args.S) {
+    if (first >= args.S) {
       first = 0;
       at.next_head(args);
       find();
@@ -242,34 +147,25 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
   }
 }
 
-// The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
-// `last` is called when the pool but for its first stage is free; otherwise a head's sums are stored where they end.
-template <typename Of, typename T, typename Last>
-__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, float (&kv)[32], float (&z)[2],
-                                         float (&c)[2], Last&& last) {
-  Place at = Of::pass == Pass::both  ? Place(args, this_block())
-             : args.share_pieces > 0 ? Place::before_share(args)
-                                     : Place::share(args, args.key_tiles);
-  if constexpr (Of::pass == Pass::both) {
-    at.count = args.key_tiles;
-  }
+// The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c, stored where a head ends.
+template <typename Of, typename T>
+__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory) {
+  Place at = args.share_pieces > 0 ? Place::before_share(args) : Place::share(args, args.key_tiles);
   const int count = at.count;
+  float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
 #pragma unroll
   for (float& x : kv) {
     x = 0;
   }
-  if constexpr (Of::pass == Pass::keys) {
-    if (count == 0) {
-      store_part<Of::M>(args, at.head, kv, z, c);
-      return;
-    }
+  if (count == 0) {
+    store_part<Of::M>(args, at.head, kv, z, c);
+    return;
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
   // Whether the head's weights need no largest exponent; whether the head has just begun.
   bool is_bounded = false, is_fresh = true;
-  // The last tile lies in the first stage.
-  const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
+  const auto stage_of = [&](int i) { return memory.pool + i % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
     if (i < count) {
       copies.start(stage_of(i));
@@ -304,21 +200,16 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       copies_visible();
     }
     __syncthreads();  // this stage is there, and everyone has left the one before
-    if constexpr (Of::pass == Pass::keys) {
-      if (args.projection.head != 0 && first == 0 && i > 0) {
-        fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
-        copies_end();
-        copies_wait<0>();
-        copies_visible();
-        __syncthreads();
-      }
+    if (args.projection.head != 0 && first == 0 && i > 0) {
+      fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
+      copies_end();
+      copies_wait<0>();
+      copies_visible();
+      __syncthreads();
     }
     if (i > 0) {
       start_copy(i - 1 + Of::stages);
       copies_end();
-    }
-    if (i == count - 1) {
-      last();
     }
     float s[Of::keys / 2];
     project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
@@ -362,7 +253,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     add_values<T>(kv, weights, stage + Of::stage / 2, true);
     const int head = at.head;
     first += Of::keys;
-    const bool is_end = Of::pass == Pass::keys && (first >= args.S || i == count - 1);
+    const bool is_end = first >= args.S || i == count - 1;
     if (is_end) {
       first = 0;
       at.next_head(args);
@@ -372,84 +263,18 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       fill_bias_ahead(i + 1);
     }
     products_wait(kv);
-    if constexpr (Of::pass == Pass::keys) {
-      if (is_end) {
-        store_part<Of::M>(args, head, kv, z, c);
-        is_bounded = false;
-        is_fresh = true;
-        c[0] = c[1] = empty;
-        z[0] = z[1] = 0;
+    if (is_end) {
+      store_part<Of::M>(args, head, kv, z, c);
+      is_bounded = false;
+      is_fresh = true;
+      c[0] = c[1] = empty;
+      z[0] = z[1] = 0;
 #pragma unroll
-        for (float& x : kv) {
-          x = 0;
-        }
+      for (float& x : kv) {
+        x = 0;
       }
     }
   }
-}
-
-// Exponents become relative to the largest, which is the reference for queries within the bound that is left with them.
-template <typename Of, typename T>
-__device__ __forceinline__ void make_relative(const Args<T>& args, const Memory<Of>& memory) {
-  const int lane = threadIdx.x % 32;
-  float top = masked;
-#pragma unroll
-  for (int n = 0; n < Of::M; n += 32) {
-    top = fmaxf(top, memory.exponents[n + lane]);
-  }
-#pragma unroll
-  for (int other = 1; other < 32; other *= 2) {
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, other));
-  }
-  const uint32_t norm = largest_norm<16>(memory.omega + threadIdx.x / 32 * 16 * pieces);
-  if (lane == 0) {
-    memory.norms[threadIdx.x / 32] = norm;
-  }
-  __syncthreads();  // everyone has read exponents
-  if (threadIdx.x < Of::M) {
-    memory.exponents[threadIdx.x] = memory.exponents[threadIdx.x] - top - reference_shift;
-  }
-  __syncthreads();
-}
-
-// The means and exponents of a head, to shared memory, and its state. A thread holds pieces t and 4 + t of two rows.
-template <typename Of, typename T>
-__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>& memory, const float (&kv)[32],
-                                           const float (&z)[2], const float (&c)[2]) {
-  const Place place(args, this_block());
-  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const float total[2] = {sum_of_four(z[0]), sum_of_four(z[1])};
-  const auto each = [&](auto&& take) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int i = n / 2, half = n % 2;
-      float2 sums[4];
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const int at = 16 * half + 4 * p + 2 * i;
-        sums[p] = {kv[at], kv[at + 1]};
-      }
-      take(feature + 8 * i, 4 * half + t, sums, total[i], c[i]);
-    }
-  };
-  each([&](int row, int u, const float2(&sums)[4], float z, float c) {
-    memory.means[piece(row, u)] = mean_value<T>(sums, z);
-    if (u == 0) {
-      memory.exponents[row] = query_exponent(args, place.h, row, z, c);
-    }
-  });
-  copies_visible();
-  __syncthreads();
-  if constexpr (Of::refers) {
-    make_relative(args, memory);
-  }
-  if (args.kv == nullptr) {
-    return;
-  }
-  // Only now: the barrier would wait for the state's way to global memory.
-  each([&](int row, int u, const float2(&sums)[4], float z, float c) {
-    store_state<Of::M>(args, place, row, u, sums, z, c);
-  });
 }
 
 // This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
@@ -461,16 +286,15 @@ struct Queries {
   Place at;               // where the copies are
   QueryTile tile, next;   // of the products, and of the copies
 
-  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings, int started = 0)
+  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings)
       : args(args),
         ring(rings + threadIdx.x / 128 * Of::ring * Of::rows * pieces),
-        at(Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)),
+        at(Place::share(args, args.query_steps)),
         tile(args, at.tile * Of::groups + threadIdx.x / 128),
-        next(args, (at.tile + started) * Of::groups + threadIdx.x / 128) {
+        next(tile) {
     head = at.head;
     step = at.tile;
-    at.tile += started;
-    count = Of::pass == Pass::both ? args.query_steps : at.count;
+    count = at.count;
   }
 
   // Copies come in order.
@@ -482,7 +306,7 @@ struct Queries {
       }
       ++at.tile;
       next.move(args, Of::groups);
-      if (Of::pass == Pass::queries && at.tile == args.query_steps) {
+      if (at.tile == args.query_steps) {
         at.tile = 0;
         at.next_head(args);
         next = QueryTile(args, threadIdx.x / 128);
@@ -512,19 +336,8 @@ struct Queries {
 
   __device__ __forceinline__ void run(const Memory<Of>& memory) {
     constexpr int part = Of::M < 128 ? Of::M : 128;  // features at a time
-    uint32_t bound = 0;                              // of queries' squared norms
-    if constexpr (Of::refers) {
-      const uint32_t norm = __reduce_max_sync(~0u, memory.norms[threadIdx.x % (Of::threads / 32)]);
-      bound = __shfl_sync(~0u, query_bound(args.scale, __uint_as_float(norm)), 0);
-    }
     for (int n = 0; n < count; ++n) {
-      if constexpr (Of::pass == Pass::both) {
-        if (n == 0) {
-          copies_wait<Of::ring - 1>();
-        } else {
-          copies_wait<Of::ring - 2>();
-        }
-      } else if (n == 0) {
+      if (n == 0) {
         copies_wait<Of::ring - 2>();
       } else if (step == 0) {  // the next tile's alone may be under way
         copies_wait<1>();
@@ -532,7 +345,7 @@ struct Queries {
         copies_wait<2 * (Of::ring - 2) - 1>();  // two groups for each tile
       }
       copies_visible();
-      if (Of::pass == Pass::queries && (n == 0 || step == 0)) {
+      if (n == 0 || step == 0) {
         __syncthreads();  // the head's means are there, and everyone has left those of the head before
         if (args.projection.head != 0 && n > 0) {
           fill_projection<T, Of::M, Of::threads>(args.projection, head % args.Hk, memory.omega);
@@ -546,12 +359,10 @@ struct Queries {
       } else {
         warpgroup_sync(threadIdx.x / 128);
       }
-      if constexpr (Of::pass == Pass::queries) {
-        if (step == args.query_steps - 1 && n < count - 1) {
-          start_means(memory, head + 1);
-        }
-        copies_end();
+      if (step == args.query_steps - 1 && n < count - 1) {
+        start_means(memory, head + 1);
       }
+      copies_end();
       if (n > 0) {
         start_copy(n - 1 + Of::ring);
       }
@@ -562,27 +373,17 @@ struct Queries {
         float sums[32], total[2] = {0, 0}, top[2] = {masked, masked};
 #pragma unroll 1
         for (int from = 0; from < Of::M; from += part) {
-          const uint4* rows = ring + n % Of::ring * Of::rows * pieces;
           float s[part / 2];
           uint32_t weights[part / 16][4];
-          project<T>(s, rows, memory.omega + from * pieces);
-          bool is_bounded = false;
-          if constexpr (Of::refers && std::is_same_v<T, BFloat16>) {
-            is_bounded = largest_norm<16>(rows + threadIdx.x % 128 / 32 * 16 * pieces) <= bound;
-          }
+          project<T>(s, ring + n % Of::ring * Of::rows * pieces, memory.omega + from * pieces);
           products_wait(s);
-          if (is_bounded) {
-            add_exponents(s, args.scale, exponents);
-            weigh<T>(weights, total, s);
-          } else {
-            const float old[2] = {top[0], top[1]};
-            add_exponents(s, args.scale, exponents + from, top);
-            largest_of_four(top);
-            if (from > 0) {
-              rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
-            }
-            weigh<T>(weights, total, s, top);
+          const float old[2] = {top[0], top[1]};
+          add_exponents(s, args.scale, exponents + from, top);
+          largest_of_four(top);
+          if (from > 0) {
+            rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
           }
+          weigh<T>(weights, total, s, top);
           add_values<T>(sums, weights, means + from * pieces, from > 0);
           products_wait(sums);
         }
@@ -606,7 +407,7 @@ struct Queries {
       }
       tile.move(args, Of::groups);
       ++step;
-      if (Of::pass == Pass::queries && step == args.query_steps) {
+      if (step == args.query_steps) {
         step = 0;
         ++head;
         tile = QueryTile(args, threadIdx.x / 128);
@@ -637,15 +438,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
     // In this order: the next kernels read queries before they wait, for this one alone.
     wait_for_previous();
     let_next_begin();
-    float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
-    if constexpr (Of::pass == Pass::keys) {
-      sum_keys(args, memory, kv, z, c, [] {});
-    } else {
-      uint4* rings = memory.pool + Of::stage;
-      sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start_copies(0, Of::ring); });
-      share_sums(args, memory, kv, z, c);
-      Queries<Of, T>(args, rings, Of::ring).run(memory);
-    }
+    sum_keys(args, memory);
   }
 #endif
 }
@@ -829,20 +622,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     const bool many_keys = has_many && heads * ceil_div(S, 128) >= many * gpu.multiprocessors;
     const bool many_queries = has_many && heads * row_tiles >= 2 * many * gpu.multiprocessors;
     if constexpr (F < 256) {
-      using Of = Plan<Pass::both, F>;
       const bool is_short = !causal && !need_state && H > 0 && L > 0 && L <= 64 && S > 0 && S <= 64;
       // These blocks wait less for one another than those below: alone, one takes as long as if there were room for 2.
       if (is_short && takes_one_launch(heads, (1 + H / Hk) * (F / 64), 2, gpu.multiprocessors)) {
         head_attention<T, F>(args, gpu.multiprocessors, index, stream);
         return;
       }
-      if (!causal) {
-        divide(Of{});
-        const int64_t tiles = int64_t{args.key_tiles} * (Of::keys / 64) + int64_t{args.query_steps} * Of::groups;
-        if (takes_one_launch(heads, tiles * (F / 64), Of::blocks, gpu.multiprocessors)) {
-          launch<Of>(args, heads, index, stream);
-          return;
-        }
+      // In units of 64 x 64 weights, in blocks of four warps for each 64 features; 16 warps to a multiprocessor.
+      constexpr int groups = F / 64;
+      const int64_t tiles = ceil_div(S, F) * groups + ceil_div(row_tiles, groups) * groups;
+      if (!causal && takes_one_launch(heads, tiles * groups, 4 / groups, gpu.multiprocessors) &&
+          whole_attention<T, F>(args, index, stream)) {
+        return;
       }
     }
     using Of = Plan<Pass::keys, F>;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "linear_attention.cuh"
+#include "tensor_map.h"
 
 // Attention of exponential features over many tokens on Hopper's tensor cores: keys and queries as in
 // linear_attention_cuda.cu, with one block to a multiprocessor. A warpgroup copies; two others have the registers for
@@ -822,39 +823,6 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
 #endif
 }
 
-// The driver's function for it, looked up once, since nothing is linked against the driver.
-auto tensor_map_encoder() {
-  static const auto found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
-               : nullptr;
-  }();
-  return found;
-}
-
-// Whether a map for copies of tiles of `rows` keys could be made.
-template <typename T>
-bool map_tiles(CUtensorMap& map, const Rows<T>& x, const Args<T>& args, uint32_t rows) {
-  const auto encode = tensor_map_encoder();
-  const cuuint64_t sizes[] = {width, static_cast<cuuint64_t>(args.S), static_cast<cuuint64_t>(args.Hk),
-                              static_cast<cuuint64_t>(args.heads / args.Hk)};
-  const cuuint64_t strides[] = {sizeof(T) * x.l, sizeof(T) * x.h, sizeof(T) * x.b};
-  const cuuint32_t box[] = {width, rows, 1, 1}, steps[] = {1, 1, 1, 1};
-  return encode != nullptr &&
-         encode(&map, std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                4, const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 }  // namespace
 
 template <typename T, int M>
@@ -862,7 +830,8 @@ bool sum_many_keys(const Args<T>& args, int blocks, int device, cudaStream_t str
   using Of = KeyPlan<M>;
   static_assert(Of::keys == 128);
   CUtensorMap k, v;
-  if (!map_tiles(k, args.k, args, Of::keys) || !map_tiles(v, args.v, args, Of::keys)) {
+  const int64_t B = args.heads / args.Hk;
+  if (!map_tiles(k, args.k, B, args.Hk, args.S, Of::keys) || !map_tiles(v, args.v, B, args.Hk, args.S, Of::keys)) {
     return false;
   }
   const auto kernel = many_keys_kernel<T, Of>;
