@@ -52,6 +52,50 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// Half of what s becomes: weights 2^s, or 2^(s - top); total += them.
+template <typename T, int Half, int R>
+__device__ __forceinline__ void weigh_half(uint32_t (&weights)[R / 16][4], float (&total)[2], const float (&s)[R],
+                                           const float (&top)[2], bool is_bounded) {
+  const auto each = [&](auto&& exponent) {
+#pragma unroll
+    for (int n = 0; n < R / 4; ++n) {
+      const int at = Half * (R / 2) + 2 * n;
+      const float x = exp2_approximate(exponent(s[at], n % 2)), y = exp2_approximate(exponent(s[at + 1], n % 2));
+      total[n % 2] += x + y;
+      weights[n / 4][n % 4] = pack<T>(x, y);
+    }
+  };
+  if (is_bounded) {
+    each([&](float x, int) { return x; });
+  } else {
+    each([&](float x, int i) { return x - top[i]; });
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void start_values(float (&sums)[32], const uint32_t (&weights)[N][4], uint64_t values,
+                                             bool add) {
+  products_begin();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    multiply<T, Inner::b>(sums, weights[n], further(values, n * 16 * 16 * pieces), add || n > 0);
+  }
+  products_end();
+}
+
+// sums (= or +=) weights values, in the background, those of the first half while the second half's weights are made;
+// total += the weights. `values` has a row for each column of s.
+template <typename T, int R>
+__device__ __forceinline__ void add_by_halves(float (&sums)[32], float (&total)[2], const float (&s)[R],
+                                              const float (&top)[2], bool is_bounded, const uint4* values, bool add) {
+  const uint64_t of_values = operand(values);
+  uint32_t low[R / 16][4], high[R / 16][4];
+  weigh_half<T, 0>(low, total, s, top, is_bounded);
+  start_values<T>(sums, low, of_values, add);
+  weigh_half<T, 1>(high, total, s, top, is_bounded);
+  start_values<T>(sums, high, further(of_values, R * 16 * pieces), true);
+}
+
 // A head's keys and values, tile by tile; the last lies in the first stage.
 template <typename Of, typename T>
 struct Keys {
@@ -148,13 +192,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         rescale(kv, z, factor);
       }
     }
-    uint32_t weights[Of::keys / 16][4];
-    if (is_bounded) {
-      weigh<T>(weights, z, s);
-    } else {
-      weigh<T>(weights, z, s, c);
-    }
-    add_values<T>(kv, weights, place + Of::matrix, true);
+    add_by_halves<T>(kv, z, s, c, is_bounded, place + Of::matrix, true);
     products_wait(kv);
   }
 }
@@ -282,17 +320,13 @@ struct Queries {
         is_bounded = largest_norm<16>(place(n) + threadIdx.x % 128 / 32 * 16 * pieces) <= bound;
       }
       products_wait(s);
-      uint32_t weights[Of::M / 16][4];
-      if (is_bounded) {
-        add_exponents(s, args.scale, memory.exponents);
-        weigh<T>(weights, total, s);
-      } else {
-        float top[2] = {masked, masked};
-        add_exponents(s, args.scale, memory.exponents, top);
+      float top[2] = {masked, masked};
+      add_exponents(s, args.scale, memory.exponents);
+      if (!is_bounded) {
+        find_largest(s, top);
         largest_of_four(top);
-        weigh<T>(weights, total, s, top);
       }
-      add_values<T>(sums, weights, memory.means, false);
+      add_by_halves<T>(sums, total, s, top, is_bounded, memory.means, false);
       sum_of_four(total);
       products_wait(sums);
 #pragma unroll
@@ -334,11 +368,12 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
   }
   wait_for_previous();
   let_next_begin();
-  for (int i = 0; i < Of::stages; ++i) {
-    keys.start_copy(k, v, i);
-  }
+  // What is needed first comes first.
+  keys.start_copy(k, v, 0);
   fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
   copies_end();
+  static_assert(Of::stages == 2);
+  keys.start_copy(k, v, 1);
   copies_wait<0>();
   copies_visible();
   __syncthreads();
