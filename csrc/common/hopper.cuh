@@ -170,6 +170,20 @@ __device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, int 
       : "memory");
 }
 
+// All threads of a cluster's blocks arrive, and see what others did before.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// To where `to` is in the shared memory of another block of the cluster.
+__device__ __forceinline__ void store_to_block(int block, float4* to, const float4& x) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n}" ::"r"(shared_address(to)),
+      "r"(block), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
+}
+
 // All threads of a warpgroup change how many registers each has; more come when others have left them.
 template <int From, int To>
 __device__ __forceinline__ void change_registers() {

@@ -31,6 +31,7 @@ struct Args {
   int row_tiles;                     // of L
   int key_tiles, query_steps;        // of a key head
   int key_tile;                      // keys of a tile
+  int parts;                         // with one launch: of a head
   int key_blocks;                    // of the kernel for keys; when causal, shares
   int share_pieces;                  // when causal: of the keys between two shares' beginnings; otherwise 0
   int bias_h;
@@ -170,9 +171,15 @@ __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int ro
 template <typename T, int M>
 void head_attention(const Args<T>& args, int multiprocessors, int device, cudaStream_t stream);
 
+// Whether two blocks share each key head, since heads leave places free: either has a multiprocessor for itself, or
+// many tiles of keys.
+inline bool are_halved(int64_t heads, int64_t key_tiles, int64_t resident, int64_t multiprocessors) {
+  return key_tiles > 1 && 2 * heads <= resident * multiprocessors && (2 * heads <= multiprocessors || key_tiles >= 8);
+}
+
 // Attention of M = 64 or 128 features with a block for each key head. False where q, k and v cannot be copied so.
 template <typename T, int M>
-bool whole_attention(Args<T> args, int device, cudaStream_t stream);
+bool whole_attention(Args<T> args, int multiprocessors, int device, cudaStream_t stream);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 

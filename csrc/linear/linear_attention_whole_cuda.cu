@@ -5,7 +5,8 @@
 
 // Attention of exponential features with a block for each key head, in one launch: a warpgroup for each 64 features
 // sums over all keys, then makes rows of queries, 64 at a time. What a head needs is copied by the copy engine, started
-// by one thread as soon as a place is free.
+// by one thread as soon as a place is free. Where heads leave multiprocessors idle, two blocks of
+// a cluster each take half of the keys, tell one another what they add up to, and take half of the queries.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -52,6 +53,20 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// A head, and the part of it that is this block's: all of it, or half.
+struct Part {
+  Place at;
+  int number, count;     // of the parts
+  int first, key_tiles;  // of keys
+
+  template <typename T>
+  __device__ __forceinline__ explicit Part(const Args<T>& args)
+      : at(args, this_block() / args.parts), number(this_block() % args.parts), count(args.parts) {
+    first = args.key_tiles * number / count;
+    key_tiles = args.key_tiles * (number + 1) / count - first;
+  }
+};
+
 // Half of what s becomes: weights 2^s, or 2^(s - top); total += them.
 template <typename T, int Half, int R>
 __device__ __forceinline__ void weigh_half(uint32_t (&weights)[R / 16][4], float (&total)[2], const float (&s)[R],
@@ -96,27 +111,31 @@ __device__ __forceinline__ void add_by_halves(float (&sums)[32], float (&total)[
   start_values<T>(sums, high, further(of_values, R * 16 * pieces), true);
 }
 
-// A head's keys and values, tile by tile; the last lies in the first stage.
+// A part's keys and values, tile by tile; the last lies in the first stage.
 template <typename Of, typename T>
 struct Keys {
   const Args<T>& args;
   const Memory<Of>& memory;
-  const Place& at;
+  const Part& part;
 
   __device__ __forceinline__ int stage(int i) const {
-    return (args.key_tiles - 1 - i) % Of::stages;
+    return (part.key_tiles - 1 - i) % Of::stages;
   }
 
   __device__ __forceinline__ uint4* place(int i) const {
     return memory.stages + stage(i) * Of::stage;
   }
 
+  __device__ __forceinline__ int key(int i) const {
+    return (part.first + i) * Of::keys;
+  }
+
   __device__ __forceinline__ void start_copy(const CUtensorMap& k, const CUtensorMap& v, int i) const {
-    if (threadIdx.x == 0 && i < args.key_tiles) {
+    if (threadIdx.x == 0 && i < part.key_tiles) {
       uint64_t* landed = memory.keys_landed + stage(i);
       barrier_expect(landed, 16 * Of::stage);
-      copy_tile(place(i), k, at.b, at.h, i * Of::keys, landed);
-      copy_tile(place(i) + Of::matrix, v, at.b, at.h, i * Of::keys, landed);
+      copy_tile(place(i), k, part.at.b, part.at.h, key(i), landed);
+      copy_tile(place(i) + Of::matrix, v, part.at.b, part.at.h, key(i), landed);
     }
   }
 
@@ -125,7 +144,7 @@ struct Keys {
     barrier_wait(memory.keys_landed + stage(i), i / Of::stages % 2);
     if (args.mask != nullptr) {
       for (int n = threadIdx.x; n < 2 * Of::keys; n += Of::threads) {
-        if (!takes_part(args, at.b, i * Of::keys + n % Of::keys)) {
+        if (!takes_part(args, part.at.b, key(i) + n % Of::keys)) {
 #pragma unroll
           for (int u = 0; u < pieces; ++u) {
             place(i)[n * pieces + u] = {};
@@ -138,27 +157,30 @@ struct Keys {
   }
 };
 
-// The sums over a head's keys of a warpgroup's 64 features, relative to 2^c. `last` is called when all but the first
+// The sums over a part's keys of a warpgroup's 64 features, relative to 2^c. `last` is called when all but the first
 // stage is free.
 template <typename Of, typename T, typename Last>
-__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, const Place& at,
+__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, const Part& part,
                                          const CUtensorMap& k, const CUtensorMap& v, float (&kv)[32], float (&z)[2],
                                          float (&c)[2], Last&& last) {
-  const Keys<Of, T> tiles{args, memory, at};
+  const Keys<Of, T> tiles{args, memory, part};
 #pragma unroll
   for (float& x : kv) {
     x = 0;
   }
   z[0] = z[1] = 0;
   c[0] = c[1] = empty;
-  bool is_bounded = false;  // whether the head's weights need no largest exponent
-  for (int i = 0; i < args.key_tiles; ++i) {
+  if (part.key_tiles == 0) {
+    last();
+  }
+  bool is_bounded = false;  // whether the part's weights need no largest exponent
+  for (int i = 0; i < part.key_tiles; ++i) {
     const uint4* place = tiles.place(i);
     float* key_bias = memory.key_bias + i % 2 * Of::keys;
     tiles.wait(i);
     float s[Of::keys / 2];
     project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, place);
-    each_key_bias<Of::threads, Of::keys>(args, place, at.b, i * Of::keys, [&](int key, int part, float bias) {
+    each_key_bias<Of::threads, Of::keys>(args, place, part.at.b, tiles.key(i), [&](int key, int part, float bias) {
       if (part == 0) {
         key_bias[key] = bias;
       }
@@ -167,7 +189,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     if (i > 0) {
       tiles.start_copy(k, v, i - 1 + Of::stages);
     }
-    if (i == args.key_tiles - 1) {
+    if (i == part.key_tiles - 1) {
       last();
     }
     products_wait(s);
@@ -197,6 +219,42 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
 }
 
+// The sums over a head's keys of those over its halves', which the two blocks of a cluster have; a thread's place in
+// them is the same in both.
+template <typename Of>
+__device__ __forceinline__ void add_other_half(const Memory<Of>& memory, int other, float (&kv)[32], float (&z)[2],
+                                               float (&c)[2]) {
+  float4* sums = reinterpret_cast<float4*>(memory.stages) + threadIdx.x;
+  float4* scales = reinterpret_cast<float4*>(memory.means) + threadIdx.x;
+  cluster_sync();  // both have left their keys
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    store_to_block(other, sums + n * Of::threads, {kv[4 * n], kv[4 * n + 1], kv[4 * n + 2], kv[4 * n + 3]});
+  }
+  store_to_block(other, scales, {z[0], z[1], c[0], c[1]});
+  cluster_sync();
+  const float4 of = *scales;
+  const float c_other[2] = {of.z, of.w}, z_other[2] = {of.x, of.y};
+  float factor[2], factor_other[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float next = fmaxf(c[i], c_other[i]);
+    factor[i] = exp2_approximate(c[i] - next);
+    factor_other[i] = exp2_approximate(c_other[i] - next);
+    c[i] = next;
+    z[i] = fmaf(z[i], factor[i], z_other[i] * factor_other[i]);
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float4 x = sums[n * Of::threads];
+    kv[4 * n] = fmaf(kv[4 * n], factor[0], x.x * factor_other[0]);
+    kv[4 * n + 1] = fmaf(kv[4 * n + 1], factor[0], x.y * factor_other[0]);
+    kv[4 * n + 2] = fmaf(kv[4 * n + 2], factor[1], x.z * factor_other[1]);
+    kv[4 * n + 3] = fmaf(kv[4 * n + 3], factor[1], x.w * factor_other[1]);
+  }
+  __syncthreads();  // before others write there
+}
+
 // Exponents become relative to the largest, which is the reference for queries within the bound that is left with them.
 template <typename Of, typename T>
 __device__ __forceinline__ void make_relative(const Args<T>& args, const Memory<Of>& memory) {
@@ -223,7 +281,7 @@ __device__ __forceinline__ void make_relative(const Args<T>& args, const Memory<
 
 // The means and exponents of a head, to shared memory, and its state. A thread holds pieces t and 4 + t of two rows.
 template <typename Of, typename T>
-__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>& memory, const Place& at,
+__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>& memory, const Part& part,
                                            const float (&kv)[32], const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const float total[2] = {sum_of_four(z[0]), sum_of_four(z[1])};
@@ -243,7 +301,7 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
   each([&](int row, int u, const float2(&sums)[4], float z, float c) {
     memory.means[piece(row, u)] = mean_value<T>(sums, z);
     if (u == 0) {
-      memory.exponents[row] = query_exponent(args, at.h, row, z, c);
+      memory.exponents[row] = query_exponent(args, part.at.h, row, z, c);
     }
   });
   copies_visible();
@@ -251,29 +309,32 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
   if constexpr (std::is_same_v<T, BFloat16>) {
     make_relative(args, memory);
   }
-  if (args.kv == nullptr) {
+  if (args.kv == nullptr || part.number > 0) {
     return;
   }
   // Only now: the barrier would wait for the state's way to global memory.
   each([&](int row, int u, const float2(&sums)[4], float z, float c) {
-    store_state<Of::M>(args, at, row, u, sums, z, c);
+    store_state<Of::M>(args, part.at, row, u, sums, z, c);
   });
 }
 
-// A head's tiles of queries, one for each warpgroup at a time.
+// A part's tiles of queries, one for each warpgroup at a time.
 template <typename Of, typename T>
 struct Queries {
   const Args<T>& args;
   const Memory<Of>& memory;
-  const Place& at;
-  const int group, tiles;  // this thread's warpgroup; of all query heads
+  const Part& part;
+  const int group;               // this thread's warpgroup
+  const int first, step, tiles;  // its first tile, to the next one, and how many there are of all query heads
   uint64_t* const landed;
 
-  __device__ __forceinline__ Queries(const Args<T>& args, const Memory<Of>& memory, const Place& at)
+  __device__ __forceinline__ Queries(const Args<T>& args, const Memory<Of>& memory, const Part& part)
       : args(args),
         memory(memory),
-        at(at),
+        part(part),
         group(threadIdx.x / 128),
+        first(part.number * Of::groups + group),
+        step(part.count * Of::groups),
         tiles(args.queries * args.row_tiles),
         landed(memory.queries_landed + group * Of::ring) {}
 
@@ -284,11 +345,11 @@ struct Queries {
   }
 
   __device__ __forceinline__ void start_copy(const CUtensorMap& q, int n) const {
-    const int number = group + n * Of::groups;
+    const int number = first + n * step;
     if (threadIdx.x % 128 == 0 && number < tiles) {
       const int head = static_cast<uint32_t>(number) / static_cast<uint32_t>(args.row_tiles);
       barrier_expect(landed + n % Of::ring, 16 * Of::tile);
-      copy_tile(place(n), q, at.b, at.h * args.queries + head, (number - head * args.row_tiles) * Of::rows,
+      copy_tile(place(n), q, part.at.b, part.at.h * args.queries + head, (number - head * args.row_tiles) * Of::rows,
                 landed + n % Of::ring);
     }
   }
@@ -301,9 +362,9 @@ struct Queries {
     }
     // A key head's query heads are neighbours; rows are counted as if all tiles were full.
     const int all = args.row_tiles * Of::rows;
-    int row = group * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    T* y = args.out + (static_cast<int64_t>(at.head) * args.queries * args.L + row) * width + threadIdx.x % 4 * 8;
-    for (int n = 0; group + n * Of::groups < tiles; ++n) {
+    int row = first * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    T* y = args.out + (static_cast<int64_t>(part.at.head) * args.queries * args.L + row) * width + threadIdx.x % 4 * 8;
+    for (int n = 0; first + n * step < tiles; ++n) {
       while (row >= all) {
         row -= all;
         y -= (all - args.L) * width;
@@ -343,8 +404,8 @@ struct Queries {
           store<T, 8>(y + 8 * i * width + 32, narrow<T, 8>(high));
         }
       }
-      row += Of::groups * Of::rows;
-      y += Of::groups * Of::rows * width;
+      row += step * Of::rows;
+      y += step * Of::rows * width;
     }
   }
 };
@@ -358,8 +419,8 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char bytes[];
   const Memory<Of> memory(bytes);
-  const Place at(args, this_block());
-  const Keys<Of, T> keys{args, memory, at};
+  const Part part(args);
+  const Keys<Of, T> keys{args, memory, part};
   if (threadIdx.x == 0) {
     for (int i = 0; i < Of::barriers; ++i) {
       barrier_prepare(memory.keys_landed + i, 1);
@@ -370,21 +431,24 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
   let_next_begin();
   // What is needed first comes first.
   keys.start_copy(k, v, 0);
-  fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
+  fill_projection<T, Of::M, Of::threads>(args.projection, part.at.h, memory.omega);
   copies_end();
   static_assert(Of::stages == 2);
   keys.start_copy(k, v, 1);
   copies_wait<0>();
   copies_visible();
   __syncthreads();
-  const Queries<Of, T> queries(args, memory, at);
+  const Queries<Of, T> queries(args, memory, part);
   const auto start_queries = [&](int from) {
     queries.start_copy(q, from);
     queries.start_copy(q, from + 1);
   };
   float kv[32], z[2], c[2];
-  sum_keys(args, memory, at, k, v, kv, z, c, [&] { start_queries(0); });
-  share_sums(args, memory, at, kv, z, c);
+  sum_keys(args, memory, part, k, v, kv, z, c, [&] { start_queries(0); });
+  if (part.count > 1) {
+    add_other_half(memory, 1 - part.number, kv, z, c);
+  }
+  share_sums(args, memory, part, kv, z, c);
   start_queries(2);  // everyone has left the first stage
   queries.run(q);
 #endif
@@ -393,7 +457,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
 }  // namespace
 
 template <typename T, int M>
-bool whole_attention(Args<T> args, int device, cudaStream_t stream) {
+bool whole_attention(Args<T> args, int multiprocessors, int device, cudaStream_t stream) {
   using Of = Plan<M>;
   const int64_t B = args.heads / args.Hk;
   CUtensorMap q, k, v;
@@ -402,16 +466,17 @@ bool whole_attention(Args<T> args, int device, cudaStream_t stream) {
     return false;
   }
   args.key_tiles = ceil_div(args.S, Of::keys);
+  args.parts = are_halved(args.heads, args.key_tiles, Of::blocks, multiprocessors) ? 2 : 1;
   const auto kernel = whole_head_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
-  launch(kernel, args.heads, Of::threads, Of::bytes, stream, true, args, q, k, v);
+  launch_clusters(kernel, args.parts, args.parts * args.heads, Of::threads, Of::bytes, stream, true, args, q, k, v);
   return true;
 }
 
-template bool whole_attention<BFloat16, 64>(Args<BFloat16>, int, cudaStream_t);
-template bool whole_attention<BFloat16, 128>(Args<BFloat16>, int, cudaStream_t);
-template bool whole_attention<Half, 64>(Args<Half>, int, cudaStream_t);
-template bool whole_attention<Half, 128>(Args<Half>, int, cudaStream_t);
+template bool whole_attention<BFloat16, 64>(Args<BFloat16>, int, int, cudaStream_t);
+template bool whole_attention<BFloat16, 128>(Args<BFloat16>, int, int, cudaStream_t);
+template bool whole_attention<Half, 64>(Args<Half>, int, int, cudaStream_t);
+template bool whole_attention<Half, 128>(Args<Half>, int, int, cudaStream_t);
 
 }  // namespace linear
 }  // namespace fastrpe
