@@ -1042,14 +1042,14 @@ def test_many_tokens_of_the_native_kernel(kind: str, masked: bool) -> None:
     ),
 )
 def test_heads_that_two_blocks_share(B: int, H: int, Hk: int, L: int, S: int, M: int, dtype: torch.dtype) -> None:
-    """Few heads, each by two blocks of the native kernel: half of a batch's keys masked, and gradients by their sums."""
+    """Few heads, each by two blocks of the native kernel: half of a head masked, and gradients by its sums."""
     one = inputs(B, H, Hk, L, 64, 64, M, device="cuda", dtype=dtype)
     one |= {n: draw(B, Hk, S, 64, seed=i, device="cuda", dtype=dtype) for i, n in enumerate("kv", 1)}
     mask, dy = draw(B, S, seed=6, device="cuda") > -0.5, draw(B, H, L, 64, seed=7, device="cuda", dtype=dtype)
     mask[-1, : S // 2] = False
 
     def results(backend: str, to: torch.dtype) -> tuple[Tensor, ...]:
-        x = {n: t.to(to) if isinstance(t, Tensor) else t for n, t in one.items()}
+        x = {n: t.detach().to(to) if isinstance(t, Tensor) else t for n, t in one.items()}
         x["v"].requires_grad_()
         y = linear_attention(**x, mask=mask, backend=backend)
         return y.detach(), *torch.autograd.grad(y, x["v"], dy.to(to))
