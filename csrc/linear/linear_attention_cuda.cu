@@ -71,6 +71,42 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// weights = 2^(s - top), and total += them.
+template <typename T, int R>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R],
+                                      const float (&top)[2]) {
+#pragma unroll
+  for (int n = 0; n < R / 2; ++n) {
+    const float x = exp2_approximate(s[2 * n] - top[n % 2]), y = exp2_approximate(s[2 * n + 1] - top[n % 2]);
+    total[n % 2] += x + y;
+    weights[n / 4][n % 4] = pack<T>(x, y);
+  }
+}
+
+// The same without a largest.
+template <typename T, int R>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R]) {
+#pragma unroll
+  for (int n = 0; n < R / 2; ++n) {
+    const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
+    total[n % 2] += x + y;
+    weights[n / 4][n % 4] = pack<T>(x, y);
+  }
+}
+
+// sums (= or +=) weights values, in the background; `values` has a row for each column of the weights.
+template <typename T, int N>
+__device__ __forceinline__ void add_values(float (&sums)[32], const uint32_t (&weights)[N][4], const uint4* values,
+                                           bool add) {
+  const uint64_t of_values = operand(values);
+  products_begin();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
+  }
+  products_end();
+}
+
 // Copies of this block's keys and values, tile by tile; a thread has a piece of each step-th row. Where biases are made
 // ahead, a warp copies the 16 rows whose biases it makes.
 template <typename Of, typename T>
@@ -441,6 +477,10 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
     sum_keys(args, memory);
   }
 #endif
+}
+
+__device__ __forceinline__ void add(float2& to, float x, float y, float factor) {
+  to = {fmaf(x, factor, to.x), fmaf(y, factor, to.y)};
 }
 
 // Adds the sums of all blocks that had keys of a head; a thread has a piece of a row.

@@ -1,4 +1,4 @@
-// Sums with weights 2^x of exponents in base 2, of the forward's kernels that take a tile at a time.
+// What the forward's kernels that take a tile at a time share.
 #pragma once
 
 #include "linear_attention.cuh"
@@ -36,10 +36,6 @@ __device__ __forceinline__ float query_exponent(const Args<T>& args, int h, int 
   return z == 0 ? empty : c + log2f(z) + 2 * feature_bias(args, h, row);
 }
 
-__device__ __forceinline__ void add(float2& to, float x, float y, float factor) {
-  to = {fmaf(x, factor, to.x), fmaf(y, factor, to.y)};
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // c (64 rows x 2 R) = a b^T over the width.
@@ -50,42 +46,6 @@ __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uin
 #pragma unroll
   for (int step = 0; step < width / 16; ++step) {
     multiply<T>(c, further(of_a, 32 * step), further(of_b, 32 * step), step > 0);
-  }
-  products_end();
-}
-
-// weights = 2^(s - top), and total += them.
-template <typename T, int R>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R],
-                                      const float (&top)[2]) {
-#pragma unroll
-  for (int n = 0; n < R / 2; ++n) {
-    const float x = exp2_approximate(s[2 * n] - top[n % 2]), y = exp2_approximate(s[2 * n + 1] - top[n % 2]);
-    total[n % 2] += x + y;
-    weights[n / 4][n % 4] = pack<T>(x, y);
-  }
-}
-
-// The same without a largest.
-template <typename T, int R>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R]) {
-#pragma unroll
-  for (int n = 0; n < R / 2; ++n) {
-    const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
-    total[n % 2] += x + y;
-    weights[n / 4][n % 4] = pack<T>(x, y);
-  }
-}
-
-// sums (= or +=) weights values, in the background; `values` has a row for each column of the weights.
-template <typename T, int N>
-__device__ __forceinline__ void add_values(float (&sums)[32], const uint32_t (&weights)[N][4], const uint4* values,
-                                           bool add) {
-  const uint64_t of_values = operand(values);
-  products_begin();
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
   }
   products_end();
 }
