@@ -231,16 +231,17 @@ __device__ __forceinline__ void add_columns(float (&total)[4], const uint32_t (&
   multiply_warp<T>(total, a, ones, ones);
 }
 
-// The sums over the keys before a tile, of a thread's two features: z[0] and z[2] are theirs, for add_columns.
+// The sums over the keys before a tile, of a thread's two features; of those of weights, z, a feature's four threads
+// have parts.
 template <int M, typename T>
 __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile, int share, int feature,
-                                           float (&kv)[32], float (&z)[4], float (&c)[2]) {
+                                           float (&kv)[32], float (&z)[2], float (&c)[2]) {
   const bool is_part = tile.first > 0;
   const float *from_kv = is_part ? args.part_kv : args.kv0, *from_z = is_part ? args.part_z : args.z0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = static_cast<int64_t>(is_part ? share - 1 : tile.head) * M + feature + 8 * i;
-    z[2 * i] = from_kv == nullptr ? 0 : from_z[row];
+    z[i] = from_kv == nullptr || threadIdx.x % 4 != 0 ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
       c[i] = args.part_c[row] - shift;
@@ -261,7 +262,7 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
 
 template <int M, typename T>
 __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float (&kv)[32],
-                                            const float (&z)[4], const float (&c)[2]) {
+                                            const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -270,8 +271,9 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
     for (int j = 0; j < 8; ++j) {
       *reinterpret_cast<float2*>(args.kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i], kv[4 * j + 2 * i + 1]};
     }
+    const float sum = sum_of_four(z[i]);
     if (t == 0) {
-      args.z[row] = z[2 * i];
+      args.z[row] = sum;
       args.log_scale[row] = (c[i] + shift + feature_bias(args, tile.h(args), feature + 8 * i)) * ln2;
     }
   }
@@ -462,7 +464,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
                  all_values = operand(memory.v);
   // Of 32 features a thread of the right operand has pairs 2 t, 2 t + 8, 2 t + 16 and 2 t + 24 together.
   const int place_of_sum = feature / 32 * 32 + feature % 8 / 2 * 8 + feature / 16 % 2 * 4 + t % 2 * 2 + feature % 2;
-  float kv[Of::parts][32], z[Of::parts][4] = {}, c[Of::parts][2] = {};
+  float kv[Of::parts][32], z[Of::parts][2] = {}, c[Of::parts][2] = {};
   float bias[Of::parts] = {};  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
   float s[32];                 // features x keys
   int i = 0, item = 0;
@@ -488,12 +490,15 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       state[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
     }
     store_matrix(memory.items + slot * Of::item + Of::features + features * pieces + part * Of::matrix, state);
-    // Of a feature's four lanes two store exponents and two sums of weights.
+    // Of the four lanes that have two features two store exponents and two sums of weights.
+    const bool is_odd = t % 2;
+    float sum = (is_odd ? z[part][1] : z[part][0]) + __shfl_xor_sync(~0u, is_odd ? z[part][0] : z[part][1], 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
     if (t < 2) {
-      memory.exponents[slot * Of::M + feature + 64 * part + 8 * t] = (t == 0 ? c[part][0] : c[part][1]) + bias[part];
+      memory.exponents[slot * Of::M + feature + 64 * part + 8 * t] = (is_odd ? c[part][1] : c[part][0]) + bias[part];
     } else {
-      const uint32_t sum = pack<T>(t == 2 ? z[part][0] : z[part][2], 0);
-      reinterpret_cast<uint16_t*>(memory.z)[slot * Of::M + place_of_sum + 64 * part] = static_cast<uint16_t>(sum);
+      reinterpret_cast<uint16_t*>(memory.z)[slot * Of::M + place_of_sum + 64 * part] =
+          static_cast<uint16_t>(pack<T>(sum, 0));
     }
   };
   // Leaves the features of the item's keys, whose exponents s are relative to c, and starts to add them to the sums.
@@ -503,9 +508,10 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        weights[n][m] = pack<T>(exp2_approximate(s[8 * n + 2 * m]), exp2_approximate(s[8 * n + 2 * m + 1]));
+        const float x = exp2_approximate(s[8 * n + 2 * m]), y = exp2_approximate(s[8 * n + 2 * m + 1]);
+        z[part][m % 2] += x + y;
+        weights[n][m] = pack<T>(x, y);
       }
-      add_columns<T>(z[part], weights[n]);
     }
     store_matrix(memory.items + place<Of::items>(item) * Of::item + features * pieces + part * Of::matrix, weights);
     const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
@@ -531,7 +537,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     rescale(kv[part], factor);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      z[part][2 * n] *= factor[n];
+      z[part][n] *= factor[n];
       c[part][n] = next[n];
     }
   };
@@ -570,7 +576,8 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
           for (int part = 0; part < Of::parts; ++part) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-              fits = fits && c[part][n] <= room && z[part][2 * n] * exp2_approximate(c[part][n]) >= least;
+              const float sum = sum_of_four(z[part][n]);
+              fits = fits && c[part][n] <= room && sum * exp2_approximate(c[part][n]) >= least;
             }
           }
           if (!__any_sync(~0u, barrier_or<key_barrier, Of::key_threads>(!fits))) {
