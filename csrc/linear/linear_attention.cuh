@@ -1,8 +1,11 @@
 // What the forward's kernels for Hopper's tensor cores share.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "shared.cuh"
 
@@ -276,6 +279,45 @@ __device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
   return __reduce_max_sync(~0u, largest);
 }
 
+// What a tile's keys add to the exponents of their projections, and `more`, by a warp; a lane has each 32nd key. Keys
+// that take no part become zero with their values, whatever they were.
+template <int Keys, typename T>
+__device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* k, uint4* v, int b, int first, float more,
+                                          float* to) {
+  constexpr int own = Keys / 32;
+  const int lane = threadIdx.x % 32;
+  float squares[own] = {};
+  if (args.norm != 0) {
+#pragma unroll
+    for (int u = 0; u < pieces; ++u) {
+#pragma unroll
+      for (int n = 0; n < own; ++n) {
+        float x[8];
+        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + piece(lane, u) + 32 * n * pieces));
+#pragma unroll
+        for (float value : x) {
+          squares[n] = fmaf(value, value, squares[n]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < own; ++n) {
+    const int key = lane + 32 * n;
+    const bool takes = takes_part(args, b, first + key);
+    to[key] = takes ? fmaf(squares[n], args.norm, more) : masked;
+    if (args.mask != nullptr && !takes) {
+#pragma unroll
+      for (int u = 0; u < pieces; ++u) {
+        k[key * pieces + u] = v[key * pieces + u] = {};
+      }
+    }
+  }
+  if (args.mask != nullptr) {
+    copies_visible();
+  }
+}
+
 // A thread's share of the sums over a head's keys, to this block's slot.
 template <int M, typename T>
 __device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
@@ -299,6 +341,39 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
 }
 
 #endif
+
+// The driver's function for it, looked up once, since nothing is linked against the driver.
+inline auto tensor_map_encoder() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  return found;
+}
+
+// Whether a map for copies of tiles of `count` rows of (B, heads, rows, 64) could be made.
+template <typename T>
+bool map_tiles(CUtensorMap& map, const Rows<T>& x, int B, int heads, int rows, uint32_t count) {
+  const auto encode = tensor_map_encoder();
+  const cuuint64_t sizes[] = {width, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(heads),
+                              static_cast<cuuint64_t>(B)};
+  const cuuint64_t strides[] = {sizeof(T) * x.l, sizeof(T) * x.h, sizeof(T) * x.b};
+  const cuuint32_t box[] = {width, count, 1, 1}, steps[] = {1, 1, 1, 1};
+  return encode != nullptr &&
+         encode(&map, std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                4, const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
 
 // With three kernels, those for keys and for queries where a multiprocessor has many tiles: of 128 keys, shared by
 // blocks, one to a multiprocessor; and of 64 queries. False where keys and values cannot be copied so.

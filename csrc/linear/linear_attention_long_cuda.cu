@@ -228,44 +228,6 @@ __device__ __forceinline__ void copy_keys(const Args<T>& args, const KeyMemory<O
   }
 }
 
-// What a tile's keys add to the exponents of their projections, by a warp; a lane has each 32nd key. Keys that take no
-// part become zero with their values, whatever they were.
-template <typename Of, typename T>
-__device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* stage, int b, int first, float* to) {
-  constexpr int own = Of::keys / 32;
-  const int lane = threadIdx.x % 32;
-  float squares[own] = {};
-  if (args.norm != 0) {
-#pragma unroll
-    for (int u = 0; u < pieces; ++u) {
-#pragma unroll
-      for (int n = 0; n < own; ++n) {
-        float x[8];
-        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(stage + piece(lane, u) + 32 * n * pieces));
-#pragma unroll
-        for (float value : x) {
-          squares[n] = fmaf(value, value, squares[n]);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < own; ++n) {
-    const int key = lane + 32 * n;
-    const bool takes = takes_part(args, b, first + key);
-    to[key] = takes ? squares[n] * args.norm : masked;
-    if (args.mask != nullptr && !takes) {
-#pragma unroll
-      for (int u = 0; u < pieces; ++u) {
-        stage[key * pieces + u] = stage[Of::matrix + key * pieces + u] = {};
-      }
-    }
-  }
-  if (args.mask != nullptr) {
-    copies_visible();
-  }
-}
-
 // The biases of a block's keys, by warps that take tiles in turn, this one being number i of them.
 template <typename Of, typename T>
 __device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemory<Of>& memory, Place at, int i) {
@@ -280,8 +242,9 @@ __device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemor
     Barriers& barriers = memory.barriers[turn.at];
     barrier_wait(&barriers.left, turn.parity ^ 1);  // which the copy has waited for, too: so that checkers see it
     barrier_wait(&barriers.landed, turn.parity);
-    fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
-                  memory.key_bias + turn.at * Of::keys);
+    uint4* stage = memory.stages + turn.at * Of::stage;
+    fill_bias<Of::keys>(args, stage, stage + Of::matrix, at.b, at.tile * Of::keys, 0,
+                        memory.key_bias + turn.at * Of::keys);
     barrier_arrive(&barriers.ready);
     at.tile += Of::preparers;
     turn.move(Of::preparers);
@@ -822,39 +785,6 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
 #endif
 }
 
-// The driver's function for it, looked up once, since nothing is linked against the driver.
-auto tensor_map_encoder() {
-  static const auto found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
-               : nullptr;
-  }();
-  return found;
-}
-
-// Whether a map for copies of tiles of `rows` keys could be made.
-template <typename T>
-bool map_tiles(CUtensorMap& map, const Rows<T>& x, const Args<T>& args, uint32_t rows) {
-  const auto encode = tensor_map_encoder();
-  const cuuint64_t sizes[] = {width, static_cast<cuuint64_t>(args.S), static_cast<cuuint64_t>(args.Hk),
-                              static_cast<cuuint64_t>(args.heads / args.Hk)};
-  const cuuint64_t strides[] = {sizeof(T) * x.l, sizeof(T) * x.h, sizeof(T) * x.b};
-  const cuuint32_t box[] = {width, rows, 1, 1}, steps[] = {1, 1, 1, 1};
-  return encode != nullptr &&
-         encode(&map, std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                4, const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 }  // namespace
 
 template <typename T, int M>
@@ -862,7 +792,8 @@ bool sum_many_keys(const Args<T>& args, int blocks, int device, cudaStream_t str
   using Of = KeyPlan<M>;
   static_assert(Of::keys == 128);
   CUtensorMap k, v;
-  if (!map_tiles(k, args.k, args, Of::keys) || !map_tiles(v, args.v, args, Of::keys)) {
+  const int B = args.heads / args.Hk;
+  if (!map_tiles(k, args.k, B, args.Hk, args.S, Of::keys) || !map_tiles(v, args.v, B, args.Hk, args.S, Of::keys)) {
     return false;
   }
   const auto kernel = many_keys_kernel<T, Of>;
