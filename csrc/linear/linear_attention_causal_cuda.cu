@@ -39,7 +39,7 @@ struct Plan {
   static constexpr int item = 2 * features;     // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
   static constexpr int stages = M == 128 ? 3 : 2;  // tiles of keys
-  static constexpr int values = M == 64 ? 4 : M == 128 ? 5 : 3, queries = 2 * query_groups;
+  static constexpr int values = M == 64 ? 4 : M == 128 ? 6 : 3, queries = 2 * query_groups;
   static constexpr int preparers = 2;  // warps of those who copy
   static constexpr int units = features + items * item + (stages + values + queries) * matrix;
   static constexpr int floats = (M + M / 2) * items + stages * rows;
@@ -185,13 +185,6 @@ constexpr float reach = 48;
 // `room` and the sums of weights so far are at least `least`, relative to 2^0, maxima are no longer looked for: c is 0.
 // Most features' maxima are far below |w|^2 / 2, which room + shift has to exceed.
 constexpr float shift = 24, room = 72, least = 1.f / (1ull << 48);
-
-// Adds to total[0] and total[2] what 16 columns of a thread's two rows sum to.
-template <typename T>
-__device__ __forceinline__ void add_columns(float (&total)[4], const uint32_t (&a)[4]) {
-  const uint32_t ones = pack<T>(1, 1);
-  multiply_warp<T>(total, a, ones, ones);
-}
 
 // The sums over the keys before a tile, of a thread's two features; of those of weights, z, a feature's four threads
 // have parts.
@@ -739,10 +732,18 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     multiply<T, Inner::b>(y, weights[n], further(of_v, n * 16 * row_bytes), true);
   }
   products_end();
+  float sums[2] = {0, 0};
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    add_columns<T>(total, weights[n]);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float2 pair = unpack<T>(weights[n][m]);
+      sums[m % 2] += pair.x + pair.y;
+    }
   }
+  sum_of_four(sums);
+  total[0] += sums[0];
+  total[2] += sums[1];
   products_wait(y);
   release(range.y);
 
