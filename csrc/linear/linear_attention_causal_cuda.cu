@@ -5,10 +5,10 @@
 #include "linear_attention.cuh"
 
 // Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64. A
-// warpgroup has tiles copied. Others, for keys, divide the features: each keeps the sums over the keys so far of
-// its own in registers, and leaves in shared memory, as an item, what a tile's queries need: the features of the tile's
-// keys and the sums over the keys before. Those for queries, behind them, take tiles in turn, with all features, and
-// make rows. Keys, values and items are rings, with barriers in shared memory.
+// warpgroup has tiles copied in the background. Others, for keys, divide the features: each keeps the sums over the
+// keys so far of its own in registers, and leaves in shared memory, as an item, what a tile's queries need: the
+// features of the tile's keys and the sums over the keys before. Those for queries, behind them, take tiles in turn,
+// with all features, and make rows. Keys, values and items are rings, with barriers in shared memory.
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
