@@ -1,8 +1,11 @@
 // What the forward's kernels for Hopper's tensor cores share.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "shared.cuh"
 
@@ -285,6 +288,45 @@ __device__ __forceinline__ uint32_t largest_norm(const uint4* rows) {
     largest = max(largest, __float_as_uint(square));
   }
   return __reduce_max_sync(~0u, largest);
+}
+
+// What a tile's keys add to the exponents of their projections, and `more`, by a warp; a lane has each 32nd key. Keys
+// that take no part become zero with their values, whatever they were.
+template <int Keys, typename T>
+__device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* k, uint4* v, int b, int first, float more,
+                                          float* to) {
+  constexpr int own = Keys / 32;
+  const int lane = threadIdx.x % 32;
+  float squares[own] = {};
+  if (args.norm != 0) {
+#pragma unroll
+    for (int u = 0; u < pieces; ++u) {
+#pragma unroll
+      for (int n = 0; n < own; ++n) {
+        float x[8];
+        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(k + piece(lane, u) + 32 * n * pieces));
+#pragma unroll
+        for (float value : x) {
+          squares[n] = fmaf(value, value, squares[n]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < own; ++n) {
+    const int key = lane + 32 * n;
+    const bool takes = takes_part(args, b, first + key);
+    to[key] = takes ? fmaf(squares[n], args.norm, more) : masked;
+    if (args.mask != nullptr && !takes) {
+#pragma unroll
+      for (int u = 0; u < pieces; ++u) {
+        k[key * pieces + u] = v[key * pieces + u] = {};
+      }
+    }
+  }
+  if (args.mask != nullptr) {
+    copies_visible();
+  }
 }
 
 // A thread's share of the sums over a head's keys, to this block's slot.

@@ -3,12 +3,13 @@
 #include <algorithm>
 
 #include "linear_attention.cuh"
+#include "tensor_map.h"
 
 // Causal attention of exponential features on Hopper's tensor cores. A block walks along tokens in tiles of 64. A
-// warpgroup copies keys and values. Others, for keys, divide the features: each keeps the sums over the keys so far of
-// its own in registers, and leaves in shared memory, as an item, what a tile's queries need: the features of the tile's
-// keys and the sums over the keys before. Those for queries, behind them, take tiles in turn, with all features, and
-// make rows. Keys, values and items are rings, with barriers in shared memory.
+// warpgroup has tiles copied in the background. Others, for keys, divide the features: each keeps the sums over the
+// keys so far of its own in registers, and leaves in shared memory, as an item, what a tile's queries need: the
+// features of the tile's keys and the sums over the keys before. Those for queries, behind them, take tiles in turn,
+// with all features, and make rows. Keys, values and items are rings, with barriers in shared memory.
 //
 // Features of a tile are relative to the maximum c of a feature's exponents over all keys up to the tile's last. Where
 // that is far above what an early row of the tile sees, the row's own weights would vanish: such a tile becomes several
@@ -38,11 +39,13 @@ struct Plan {
   static constexpr int features = M * pieces;   // omega
   static constexpr int item = 2 * features;     // keys' features and the sums before them
   static constexpr int items = query_groups + 1;
-  static constexpr int stages = M == 128 ? 3 : 2, query_stages = 2;  // of keys; of a warpgroup's queries
-  static constexpr int values = M == 64 ? 4 : M == 128 ? 5 : 3;
-  static constexpr int units = features + items * item + (stages + values + query_stages * query_groups) * matrix;
+  static constexpr int stages = M == 128 ? 3 : 2;  // tiles of keys
+  static constexpr int values = M == 64 ? 4 : M == 128 ? 6 : 3, queries = 2 * query_groups;
+  static constexpr int preparers = 2;  // warps of those who copy
+  static constexpr int units = features + items * item + (stages + values + queries) * matrix;
   static constexpr int floats = (M + M / 2) * items + stages * rows;
-  static constexpr size_t bytes = 16 * units + sizeof(float) * floats + 8 * (3 * items + values + 2 * stages);
+  static constexpr size_t bytes =
+      16 * units + sizeof(float) * floats + 8 * (3 * items + 3 * stages + values + 2 * queries);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
   static_assert(64 * parts * key_groups == M && M % query_part == 0);
   static_assert(key_threads * key_registers + (walkers - key_threads) * query_registers + 128 * copy_registers <=
@@ -68,9 +71,10 @@ struct Memory {
   float *exponents, *key_bias;
   uint4* z;
   int2* ranges;
-  uint64_t *full, *read;         // an item is there; it is no longer needed
-  uint64_t *landed, *projected;  // keys are there, with their values and biases; they are no longer needed
-  uint64_t* left;                // values are no longer needed, by queries
+  uint64_t *full, *read;       // an item is there; it is no longer needed
+  uint64_t *landed, *ready;    // keys and their values are there; their biases are, too
+  uint64_t *projected, *left;  // keys are no longer needed; values are not, by queries
+  uint64_t *asked, *answered;  // queries are there; they are no longer needed
 
   __device__ __forceinline__ explicit Memory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
@@ -78,15 +82,18 @@ struct Memory {
         k(items + Of::items * Of::item),
         v(k + Of::stages * Of::matrix),
         q(v + Of::values * Of::matrix),
-        exponents(reinterpret_cast<float*>(q + Of::query_groups * Of::query_stages * Of::matrix)),
+        exponents(reinterpret_cast<float*>(q + Of::queries * Of::matrix)),
         key_bias(exponents + Of::items * Of::M),
         z(reinterpret_cast<uint4*>(key_bias + Of::stages * Of::rows)),
         ranges(reinterpret_cast<int2*>(z + Of::items * (Of::M / 8))),
         full(reinterpret_cast<uint64_t*>(ranges + Of::items)),
         read(full + Of::items),
         landed(read + Of::items),
-        projected(landed + Of::stages),
-        left(projected + Of::stages) {}
+        ready(landed + Of::stages),
+        projected(ready + Of::stages),
+        left(projected + Of::stages),
+        asked(left + Of::values),
+        answered(asked + Of::queries) {}
 };
 
 // A tile, which begins with token `first` of key head number `head` of all.
@@ -146,54 +153,10 @@ struct Share {
   }
 };
 
-// Copies a warpgroup's queries, from the share's tile number `first` on. A thread has a piece of each 16th row.
-template <typename Of, typename T>
-struct QueryCopies {
-  static constexpr int step = 128 / pieces;
-
-  const Args<T>& args;
-  int query;      // of the share
-  Tile tile;      // the next
-  const T* from;  // its rows
-  int row;
-
-  __device__ __forceinline__ QueryCopies(const Args<T>& args, const Share& share, int first)
-      : args(args), query(share.query), tile(share.begin), row(threadIdx.x % 128 / pieces) {
-    for (int n = 0; n < first; ++n) {
-      tile.next(args);
-    }
-    find();
-  }
-
-  __device__ __forceinline__ void find() {
-    const T* rows = args.q.at(tile.b(args), static_cast<int64_t>(tile.h(args)) * args.queries + query);
-    from = rows + (tile.first + row) * args.q.l + threadIdx.x % pieces * 8;
-  }
-
-  __device__ __forceinline__ void start(uint4* to) {
-    to += piece(row, threadIdx.x % pieces);  // a step keeps the swizzle
-#pragma unroll
-    for (int n = 0; n < Of::rows; n += step) {
-      copy_async<16>(to + n * pieces, from, tile.first + row + n < args.L);
-      from += step * args.q.l;
-    }
-    copies_end();
-    const int head = tile.head;
-    for (int n = 0; n < Of::query_groups; ++n) {
-      tile.next(args);
-    }
-    if (tile.head != head) {
-      find();
-    } else {
-      from += (Of::query_groups - 1) * Of::rows * args.q.l;
-    }
-  }
-};
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Barriers of a block beside those in shared memory: of the warpgroups for keys, of each for queries, of all of these.
-constexpr int key_barrier = 1, query_barrier = 2, walk_barrier = 4;
+// Barriers of a block beside those in shared memory: of the warpgroups for keys, and of these and those for queries.
+constexpr int key_barrier = 1, walk_barrier = 2;
 
 // x, which is the same in all threads of a warp: the compiler then knows.
 __device__ __forceinline__ int uniform(int x) {
@@ -224,23 +187,17 @@ constexpr float reach = 48;
 // Most features' maxima are far below |w|^2 / 2, which room + shift has to exceed.
 constexpr float shift = 24, room = 72, least = 1.f / (1ull << 48);
 
-// Adds to total[0] and total[2] what 16 columns of a thread's two rows sum to.
-template <typename T>
-__device__ __forceinline__ void add_columns(float (&total)[4], const uint32_t (&a)[4]) {
-  const uint32_t ones = pack<T>(1, 1);
-  multiply_warp<T>(total, a, ones, ones);
-}
-
-// The sums over the keys before a tile, of a thread's two features: z[0] and z[2] are theirs, for add_columns.
+// The sums over the keys before a tile, of a thread's two features; of those of weights, z, a feature's four threads
+// have parts.
 template <int M, typename T>
 __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile, int share, int feature,
-                                           float (&kv)[32], float (&z)[4], float (&c)[2]) {
+                                           float (&kv)[32], float (&z)[2], float (&c)[2]) {
   const bool is_part = tile.first > 0;
   const float *from_kv = is_part ? args.part_kv : args.kv0, *from_z = is_part ? args.part_z : args.z0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = static_cast<int64_t>(is_part ? share - 1 : tile.head) * M + feature + 8 * i;
-    z[2 * i] = from_kv == nullptr ? 0 : from_z[row];
+    z[i] = from_kv == nullptr || threadIdx.x % 4 != 0 ? 0 : from_z[row];
     c[i] = empty;
     if (is_part) {
       c[i] = args.part_c[row] - shift;
@@ -261,7 +218,7 @@ __device__ __forceinline__ void load_state(const Args<T>& args, const Tile& tile
 
 template <int M, typename T>
 __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& tile, int feature, const float (&kv)[32],
-                                            const float (&z)[4], const float (&c)[2]) {
+                                            const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -270,8 +227,9 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
     for (int j = 0; j < 8; ++j) {
       *reinterpret_cast<float2*>(args.kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i], kv[4 * j + 2 * i + 1]};
     }
+    const float sum = sum_of_four(z[i]);
     if (t == 0) {
-      args.z[row] = z[2 * i];
+      args.z[row] = sum;
       args.log_scale[row] = (c[i] + shift + feature_bias(args, tile.h(args), feature + 8 * i)) * ln2;
     }
   }
@@ -328,12 +286,18 @@ __device__ __forceinline__ void prepare_barriers(const Memory<Of>& memory) {
     barrier_prepare(memory.read + i, Of::walkers - Of::key_threads);
   }
   for (int i = 0; i < Of::stages; ++i) {
-    barrier_prepare(memory.landed + i, Of::threads - Of::walkers);
+    barrier_prepare(memory.landed + i, 1);
+    barrier_prepare(memory.ready + i, 32);
     barrier_prepare(memory.projected + i, Of::key_threads);
   }
   for (int i = 0; i < Of::values; ++i) {
     barrier_prepare(memory.left + i, 128);  // of the warpgroup that has had the tile
   }
+  for (int i = 0; i < Of::queries; ++i) {
+    barrier_prepare(memory.asked + i, 1);
+    barrier_prepare(memory.answered + i, 128);
+  }
+  barriers_visible();
 }
 
 // Another head's omega, where each has its own; for keys and queries, when all have left the old one.
@@ -349,108 +313,68 @@ __device__ __forceinline__ void change_projection(const Args<T>& args, const Mem
   }
 }
 
-// The warpgroup that copies a share's keys and values, tile by tile. A thread has a piece of each 16th row.
+// A share's keys and values, by a warp: tile by tile, as places become free. Without any they are zeros, from past the
+// end.
 template <typename Of, typename T>
-struct Copies {
-  static constexpr int step = 128 / pieces, count = Of::rows / step;
-  static constexpr int ahead = Of::stages - 2;  // how many tiles' copies start before one is awaited
-
-  const Args<T>& args;
-  const Memory<Of>& memory;
-  Tile tile;        // the next
-  const T *k, *v;   // its rows
-  int row, at;      // this thread's first of a tile, and where it lies
-  uint32_t inside;  // which of this thread's rows of the last tile take part
-
-  __device__ __forceinline__ Copies(const Args<T>& args, const Memory<Of>& memory, const Tile& tile)
-      : args(args), memory(memory), tile(tile), row(threadIdx.x % 128 / pieces) {
-    at = piece(row, threadIdx.x % pieces);  // a step keeps the swizzle
-    find();
-  }
-
-  __device__ __forceinline__ void find() {
-    const int first = tile.first + row, u = threadIdx.x % pieces;
-    k = args.k.at(tile.b(args), tile.h(args)) + first * args.k.l + u * 8;
-    v = args.v.at(tile.b(args), tile.h(args)) + first * args.v.l + u * 8;
-  }
-
-  // For this block's tile number i.
-  __device__ __forceinline__ void start(int i) {
-    inside = ~0u;
-    if (tile.first + Of::rows > args.L || args.mask != nullptr) {
-      const int b = tile.b(args);
-      inside = 0;
-#pragma unroll
-      for (int n = 0; n < count; ++n) {
-        inside |= takes_part(args, b, tile.first + row + n * step) ? 1u << n : 0u;
-      }
+__device__ __forceinline__ void copy_keys(const Args<T>& args, const Memory<Of>& memory, const CUtensorMap& k,
+                                          const CUtensorMap& v, const Share& share) {
+  Tile tile = share.begin;
+  for (int i = 0; i < share.count; ++i) {
+    const int stage = place<Of::stages>(i), value = place<Of::values>(i);
+    barrier_wait(memory.projected + stage, parity<Of::stages>(i) ^ 1);
+    barrier_wait(memory.left + value, parity<Of::values>(i) ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      const int b = tile.b(args), h = tile.h(args), first = max(tile.first, 1 - args.L);
+      uint64_t* landed = memory.landed + stage;
+      barrier_expect(landed, 2 * 16 * Of::matrix);
+      copy_tile(memory.k + stage * Of::matrix, k, b, h, first, landed);
+      copy_tile(memory.v + value * Of::matrix, v, b, h, first, landed);
     }
-    copy(k, args.k.l, memory.k + place<Of::stages>(i) * Of::matrix);
-    copy(v, args.v.l, memory.v + place<Of::values>(i) * Of::matrix);
+    __syncwarp();
     tile.next(args);
-    if (tile.first == 0) {
-      find();
-    }
   }
+}
 
-  // Leaves `from` at the next tile's row.
-  __device__ __forceinline__ void copy(const T*& from, int64_t stride, uint4* to) const {
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-      copy_async<16>(to + at + n * step * pieces, from, inside >> n & 1);
-      from += step * stride;
+// The same for its queries.
+template <typename Of, typename T>
+__device__ __forceinline__ void copy_queries(const Args<T>& args, const Memory<Of>& memory, const CUtensorMap& q,
+                                             const Share& share) {
+  Tile tile = share.begin;
+  for (int i = 0; i < share.count; ++i) {
+    const int at = place<Of::queries>(i);
+    barrier_wait(memory.answered + at, parity<Of::queries>(i) ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      barrier_expect(memory.asked + at, 16 * Of::matrix);
+      copy_tile(memory.q + at * Of::matrix, q, tile.b(args), tile.h(args) * args.queries + share.query, tile.first,
+                memory.asked + at);
     }
+    __syncwarp();
+    tile.next(args);
   }
+}
 
-  // The exponents that keys add to their projections, of the rows of which this thread has copied a piece.
-  __device__ __forceinline__ void fill_bias(int i, uint32_t inside) const {
-    const uint4* keys = memory.k + place<Of::stages>(i) * Of::matrix + at;
-    float sums[count] = {};
-    if (args.norm != 0) {
-#pragma unroll
-      for (int n = 0; n < count; ++n) {
-        float x[8];
-        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(keys + n * step * pieces));
-#pragma unroll
-        for (float value : x) {
-          sums[n] = fmaf(value, value, sums[n]);
-        }
-      }
-#pragma unroll
-      for (int other = 1; other < pieces; other *= 2) {
-#pragma unroll
-        for (float& sum : sums) {
-          sum += __shfl_xor_sync(~0u, sum, other);
-        }
-      }
+// The biases of a share's keys, by warps that take tiles in turn, this one being number i of them.
+template <typename Of, typename T>
+__device__ __forceinline__ void prepare_keys(const Args<T>& args, const Memory<Of>& memory, const Share& share, int i) {
+  Tile tile = share.begin;
+  const auto next = [&](int tiles) {
+    for (int n = 0; n < tiles; ++n) {
+      tile.next(args);
     }
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-      if (threadIdx.x % pieces == n) {
-        memory.key_bias[place<Of::stages>(i) * Of::rows + row + n * step] =
-            inside >> n & 1 ? sums[n] * args.norm - shift : masked;
-      }
-    }
+  };
+  next(i);
+  for (; i < share.count; i += Of::preparers) {
+    const int stage = place<Of::stages>(i), value = place<Of::values>(i);
+    // What the copy has waited for, too: so that checkers see it.
+    barrier_wait(memory.projected + stage, parity<Of::stages>(i) ^ 1);
+    barrier_wait(memory.left + value, parity<Of::values>(i) ^ 1);
+    barrier_wait(memory.landed + stage, parity<Of::stages>(i));
+    fill_bias<Of::rows>(args, memory.k + stage * Of::matrix, memory.v + value * Of::matrix, tile.b(args), tile.first,
+                        -shift, memory.key_bias + stage * Of::rows);
+    barrier_arrive(memory.ready + stage);
+    next(Of::preparers);
   }
-
-  // The first tile's copies are under way.
-  __device__ __forceinline__ void walk(int tiles) {
-    for (int i = 0; i < tiles; ++i) {
-      const int next = i + ahead;
-      uint32_t own = inside;
-      if (next > 0 && next < tiles) {
-        barrier_wait(memory.projected + place<Of::stages>(next), parity<Of::stages>(next) ^ 1);
-        barrier_wait(memory.left + place<Of::values>(next), parity<Of::values>(next) ^ 1);
-        start(next);
-      }
-      copies_end();
-      copies_wait<ahead>();
-      copies_visible();
-      fill_bias(i, ahead == 0 ? inside : own);
-      barrier_arrive(memory.landed + place<Of::stages>(i));
-    }
-  }
-};
+}
 
 // The warpgroups for keys.
 template <typename Of, typename T>
@@ -462,7 +386,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
                  all_values = operand(memory.v);
   // Of 32 features a thread of the right operand has pairs 2 t, 2 t + 8, 2 t + 16 and 2 t + 24 together.
   const int place_of_sum = feature / 32 * 32 + feature % 8 / 2 * 8 + feature / 16 % 2 * 4 + t % 2 * 2 + feature % 2;
-  float kv[Of::parts][32], z[Of::parts][4] = {}, c[Of::parts][2] = {};
+  float kv[Of::parts][32], z[Of::parts][2] = {}, c[Of::parts][2] = {};
   float bias[Of::parts] = {};  // what feature (t % 2) adds to keys' and to queries' exponents, for t < 2
   float s[32];                 // features x keys
   int i = 0, item = 0;
@@ -476,7 +400,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     }
     products_end();
   };
-  const auto wait_for_keys = [&] { barrier_wait(memory.landed + place<Of::stages>(i), parity<Of::stages>(i)); };
+  const auto wait_for_keys = [&] { barrier_wait(memory.ready + place<Of::stages>(i), parity<Of::stages>(i)); };
   const auto bias_of_keys = [&] { return memory.key_bias + place<Of::stages>(i) * Of::rows; };
   const auto wait_for_item = [&] { barrier_wait(memory.read + place<Of::items>(item), parity<Of::items>(item) ^ 1); };
   // Leaves the sums before the item's keys.
@@ -488,12 +412,15 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       state[n / 4][n % 4] = pack<T>(kv[part][2 * n], kv[part][2 * n + 1]);
     }
     store_matrix(memory.items + slot * Of::item + Of::features + features * pieces + part * Of::matrix, state);
-    // Of a feature's four lanes two store exponents and two sums of weights.
+    // Of the four lanes that have two features two store exponents and two sums of weights.
+    const bool is_odd = t % 2;
+    float sum = (is_odd ? z[part][1] : z[part][0]) + __shfl_xor_sync(~0u, is_odd ? z[part][0] : z[part][1], 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
     if (t < 2) {
-      memory.exponents[slot * Of::M + feature + 64 * part + 8 * t] = (t == 0 ? c[part][0] : c[part][1]) + bias[part];
+      memory.exponents[slot * Of::M + feature + 64 * part + 8 * t] = (is_odd ? c[part][1] : c[part][0]) + bias[part];
     } else {
-      const uint32_t sum = pack<T>(t == 2 ? z[part][0] : z[part][2], 0);
-      reinterpret_cast<uint16_t*>(memory.z)[slot * Of::M + place_of_sum + 64 * part] = static_cast<uint16_t>(sum);
+      reinterpret_cast<uint16_t*>(memory.z)[slot * Of::M + place_of_sum + 64 * part] =
+          static_cast<uint16_t>(pack<T>(sum, 0));
     }
   };
   // Leaves the features of the item's keys, whose exponents s are relative to c, and starts to add them to the sums.
@@ -503,9 +430,10 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        weights[n][m] = pack<T>(exp2_approximate(s[8 * n + 2 * m]), exp2_approximate(s[8 * n + 2 * m + 1]));
+        const float x = exp2_approximate(s[8 * n + 2 * m]), y = exp2_approximate(s[8 * n + 2 * m + 1]);
+        z[part][m % 2] += x + y;
+        weights[n][m] = pack<T>(x, y);
       }
-      add_columns<T>(z[part], weights[n]);
     }
     store_matrix(memory.items + place<Of::items>(item) * Of::item + features * pieces + part * Of::matrix, weights);
     const uint64_t of_v = further(all_values, place<Of::values>(i) * bytes);
@@ -531,7 +459,7 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
     rescale(kv[part], factor);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      z[part][2 * n] *= factor[n];
+      z[part][n] *= factor[n];
       c[part][n] = next[n];
     }
   };
@@ -570,7 +498,8 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
           for (int part = 0; part < Of::parts; ++part) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-              fits = fits && c[part][n] <= room && z[part][2 * n] * exp2_approximate(c[part][n]) >= least;
+              const float sum = sum_of_four(z[part][n]);
+              fits = fits && c[part][n] <= room && sum * exp2_approximate(c[part][n]) >= least;
             }
           }
           if (!__any_sync(~0u, barrier_or<key_barrier, Of::key_threads>(!fits))) {
@@ -676,16 +605,14 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
   }
 }
 
-// An item's rows, of all features. Calls `meanwhile` while the first products are under way, and `release` with the end
-// of the rows when the item is no longer needed.
+// An item's rows, of all features. Calls `release` with the end of the rows when the item is no longer needed.
 //
 // Weights of a row's features are relative to the largest. Where keys' exponents are bounded, a warp tries 2^reference
 // instead, which is as good if the sums before the item show that its rows' weights are neither too large nor too
 // small.
-template <typename Of, typename T, typename Meanwhile, typename Release>
+template <typename Of, typename T, typename Release>
 __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>& memory, const uint4* q, const uint4* v,
-                                          int item, T* out, int rows, float& reference, Meanwhile&& meanwhile,
-                                          Release&& release) {
+                                          int item, T* out, int rows, float& reference, Release&& release) {
   constexpr int part = Of::query_part;
   constexpr uint32_t row_bytes = 16 * pieces;
   constexpr float low = 1.f / (1 << 30), high = 1, middle = 12;  // of sums, which are below 2^-middle at first
@@ -709,7 +636,6 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     }
     products_end();
     if (from == 0) {
-      meanwhile();
       barrier_wait(memory.full + slot, parity<Of::items>(item));
       range = memory.ranges[slot];
     }
@@ -807,10 +733,18 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
     multiply<T, Inner::b>(y, weights[n], further(of_v, n * 16 * row_bytes), true);
   }
   products_end();
+  float sums[2] = {0, 0};
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    add_columns<T>(total, weights[n]);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float2 pair = unpack<T>(weights[n][m]);
+      sums[m % 2] += pair.x + pair.y;
+    }
   }
+  sum_of_four(sums);
+  total[0] += sums[0];
+  total[2] += sums[1];
   products_wait(y);
   release(range.y);
 
@@ -836,12 +770,10 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
   }
 }
 
-// The warpgroups for queries. The copies of a warpgroup's first tile are there.
+// The warpgroups for queries.
 template <typename Of, typename T>
 __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
   const int group = uniform((threadIdx.x - Of::key_threads) / 128);
-  uint4* ring = memory.q + group * Of::query_stages * Of::matrix;
-  QueryCopies<Of, T> copies(args, share, group + Of::query_groups);
   int i = 0, item = 0;
   float reference = 0;
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
@@ -852,30 +784,17 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
     const int64_t row = (static_cast<int64_t>(tile.head) * args.queries + share.query) * args.L + tile.first;
     T* out = args.out + row * width;
     for (int rows = args.L - tile.first; i < until; ++i, rows -= Of::rows, out += Of::rows * width) {
-      const int turn = i / Of::query_groups, value = place<Of::values>(i);
       if (i % Of::query_groups == group) {
-        // The queries are there, and everyone has left those before, to whose place the next ones come.
-        if (group == 0) {
-          barrier_sync<query_barrier, 128>();
-        } else {
-          barrier_sync<query_barrier + 1, 128>();
-        }
-        bool starts = i + Of::query_groups < share.count;
-        const auto start = [&] {  // to copy the next ones, once
-          if (starts) {
-            starts = false;
-            copies.start(ring + place<Of::query_stages>(turn + 1) * Of::matrix);
-          }
-        };
+        const int at = place<Of::queries>(i), value = place<Of::values>(i);
+        barrier_wait(memory.asked + at, parity<Of::queries>(i));
         for (int end = 0; end < Of::rows; ++item) {
-          make_rows<Of>(args, memory, ring + place<Of::query_stages>(turn) * Of::matrix, memory.v + value * Of::matrix,
-                        item, out, rows, reference, start, [&](int last) {
+          make_rows<Of>(args, memory, memory.q + at * Of::matrix, memory.v + value * Of::matrix, item, out, rows,
+                        reference, [&](int last) {
                           end = last;
                           barrier_arrive(memory.read + place<Of::items>(item));
                           if (end == Of::rows) {
                             barrier_arrive(memory.left + value);
-                            copies_wait<0>();
-                            copies_visible();
+                            barrier_arrive(memory.answered + at);
                           }
                         });
         }
@@ -894,7 +813,9 @@ __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<O
 #endif
 
 template <typename T, typename Of>
-__global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const Args<T> args) {
+__global__ void __launch_bounds__(Of::threads, Of::blocks)
+    causal_kernel(const Args<T> args, const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                  const __grid_constant__ CUtensorMap v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char bytes[];
   const Memory<Of> memory(bytes);
@@ -902,29 +823,26 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) causal_kernel(const A
   if (threadIdx.x == 0) {
     prepare_barriers(memory);
   }
-  if (threadIdx.x >= Of::walkers) {
-    Copies<Of, T> copies(args, memory, share.begin);
-    copies.start(0);
-    copies_end();
-    __syncthreads();
+  __syncthreads();
+  if (threadIdx.x >= Of::walkers) {  // what they copy was there when the kernels before began
     change_registers<Of::registers, Of::copy_registers>();
-    copies.walk(share.count);
-    return;
-  }
-  const bool is_key = threadIdx.x < Of::key_threads;
-  if (!is_key) {
-    const int group = (threadIdx.x - Of::key_threads) / 128;
-    if (group < share.count) {
-      QueryCopies<Of, T>(args, share, group).start(memory.q + group * Of::query_stages * Of::matrix);
+    const int warp = uniform(threadIdx.x % 128 / 32);
+    if (warp < Of::preparers) {
+      prepare_keys(args, memory, share, warp);
+    } else if (warp == Of::preparers) {
+      copy_keys(args, memory, k, v, share);
+    } else {
+      copy_queries(args, memory, q, share);
     }
+    return;
   }
   fill_projection<T, Of::M, Of::walkers>(args.projection, share.begin.h(args), memory.omega);
   copies_end();
   copies_wait<0>();
   copies_visible();
-  wait_for_previous();  // for the sums before shares; what is copied was there when those kernels began
-  __syncthreads();
-  if (is_key) {
+  wait_for_previous();  // for the sums before shares
+  barrier_sync<walk_barrier, Of::walkers>();
+  if (threadIdx.x < Of::key_threads) {
     change_registers<Of::registers, Of::key_registers>();
     walk_keys<Of>(args, memory, share);
   } else {
@@ -1006,13 +924,24 @@ int causal_shares(int64_t heads, int64_t queries, int64_t L, int64_t key_tiles, 
 template <typename T, int M>
 void causal_attention(const Args<T>& args, int device, cudaStream_t stream) {
   using Of = Plan<M>;
+  if (args.L == 0 && args.kv == nullptr) {
+    return;
+  }
+  const auto map = [&](Rows<T> x, int heads) {
+    x.data = args.L > 0 ? x.data : reinterpret_cast<const T*>(args.kv);  // any address; there is nothing to read
+    CUtensorMap tiles;
+    STD_TORCH_CHECK(map_tiles(tiles, x, args.heads / args.Hk, heads, std::max(args.L, 1), Of::rows),
+                    "linear_attention: q, k and v cannot be copied as they lie in memory; use backend='triton'");
+    return tiles;
+  };
   const bool divided = args.key_blocks != args.heads;
   if (divided) {
     launch(add_before_kernel<T, M>, int64_t{args.heads} * M / 4, 128, 0, stream, true, args);
   }
   const auto kernel = causal_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
-  launch(kernel, int64_t{args.key_blocks} * args.queries, Of::threads, Of::bytes, stream, divided, args);
+  launch(kernel, int64_t{args.key_blocks} * args.queries, Of::threads, Of::bytes, stream, divided, args,
+         map(args.q, args.Hk * args.queries), map(args.k, args.Hk), map(args.v, args.Hk));
 }
 
 #define FASTRPE_CAUSAL(M)                                                     \

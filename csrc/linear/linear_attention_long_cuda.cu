@@ -229,44 +229,6 @@ __device__ __forceinline__ void copy_keys(const Args<T>& args, const KeyMemory<O
   }
 }
 
-// What a tile's keys add to the exponents of their projections, by a warp; a lane has each 32nd key. Keys that take no
-// part become zero with their values, whatever they were.
-template <typename Of, typename T>
-__device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* stage, int b, int first, float* to) {
-  constexpr int own = Of::keys / 32;
-  const int lane = threadIdx.x % 32;
-  float squares[own] = {};
-  if (args.norm != 0) {
-#pragma unroll
-    for (int u = 0; u < pieces; ++u) {
-#pragma unroll
-      for (int n = 0; n < own; ++n) {
-        float x[8];
-        widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(stage + piece(lane, u) + 32 * n * pieces));
-#pragma unroll
-        for (float value : x) {
-          squares[n] = fmaf(value, value, squares[n]);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < own; ++n) {
-    const int key = lane + 32 * n;
-    const bool takes = takes_part(args, b, first + key);
-    to[key] = takes ? squares[n] * args.norm : masked;
-    if (args.mask != nullptr && !takes) {
-#pragma unroll
-      for (int u = 0; u < pieces; ++u) {
-        stage[key * pieces + u] = stage[Of::matrix + key * pieces + u] = {};
-      }
-    }
-  }
-  if (args.mask != nullptr) {
-    copies_visible();
-  }
-}
-
 // The biases of a block's keys, by warps that take tiles in turn, this one being number i of them.
 template <typename Of, typename T>
 __device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemory<Of>& memory, Place at, int i) {
@@ -281,8 +243,9 @@ __device__ __forceinline__ void prepare_keys(const Args<T>& args, const KeyMemor
     Barriers& barriers = memory.barriers[turn.at];
     barrier_wait(&barriers.left, turn.parity ^ 1);  // which the copy has waited for, too: so that checkers see it
     barrier_wait(&barriers.landed, turn.parity);
-    fill_bias<Of>(args, memory.stages + turn.at * Of::stage, at.b, at.tile * Of::keys,
-                  memory.key_bias + turn.at * Of::keys);
+    uint4* stage = memory.stages + turn.at * Of::stage;
+    fill_bias<Of::keys>(args, stage, stage + Of::matrix, at.b, at.tile * Of::keys, 0,
+                        memory.key_bias + turn.at * Of::keys);
     barrier_arrive(&barriers.ready);
     at.tile += Of::preparers;
     turn.move(Of::preparers);
