@@ -1,7 +1,6 @@
 // What the forward's kernels for Hopper's tensor cores share.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
