@@ -345,8 +345,8 @@ __device__ __forceinline__ void copy_queries(const Args<T>& args, const Memory<O
     barrier_wait(memory.answered + at, parity<Of::queries>(i) ^ 1);
     if (threadIdx.x % 32 == 0) {
       barrier_expect(memory.asked + at, 16 * Of::matrix);
-      copy_tile(memory.q + at * Of::matrix, q, tile.b(args), tile.h(args) * args.queries + share.query, tile.first,
-                memory.asked + at);
+      copy_tile(memory.q + at * Of::matrix, q, tile.b(args), tile.h(args) * args.queries + share.query,
+                max(tile.first, 1 - args.L), memory.asked + at);
     }
     __syncwarp();
     tile.next(args);
