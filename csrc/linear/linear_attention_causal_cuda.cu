@@ -43,7 +43,7 @@ struct Plan {
   static constexpr int values = M == 64 ? 4 : M == 128 ? 6 : 3, queries = 2 * query_groups;
   static constexpr int preparers = 2;  // warps of those who copy
   static constexpr int units = features + items * item + (stages + values + queries) * matrix;
-  static constexpr int floats = (M + M / 2) * items + stages * rows;
+  static constexpr int floats = (M + M / 2) * items + stages * rows + walkers - key_threads;
   static constexpr size_t bytes =
       16 * units + sizeof(float) * floats + 8 * (3 * items + 3 * stages + values + 2 * queries);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
@@ -71,6 +71,7 @@ struct Memory {
   float *exponents, *key_bias;
   uint4* z;
   int2* ranges;
+  int* until;                  // the head's end, of each thread for queries
   uint64_t *full, *read;       // an item is there; it is no longer needed
   uint64_t *landed, *ready;    // keys and their values are there; their biases are, too
   uint64_t *projected, *left;  // keys are no longer needed; values are not, by queries
@@ -86,7 +87,8 @@ struct Memory {
         key_bias(exponents + Of::items * Of::M),
         z(reinterpret_cast<uint4*>(key_bias + Of::stages * Of::rows)),
         ranges(reinterpret_cast<int2*>(z + Of::items * (Of::M / 8))),
-        full(reinterpret_cast<uint64_t*>(ranges + Of::items)),
+        until(reinterpret_cast<int*>(ranges + Of::items)),
+        full(reinterpret_cast<uint64_t*>(until + Of::walkers - Of::key_threads)),
         read(full + Of::items),
         landed(read + Of::items),
         ready(landed + Of::stages),
@@ -773,39 +775,41 @@ __device__ __forceinline__ void make_rows(const Args<T>& args, const Memory<Of>&
 // The warpgroups for queries.
 template <typename Of, typename T>
 __device__ __forceinline__ void walk_queries(const Args<T>& args, const Memory<Of>& memory, const Share& share) {
-  const int group = uniform((threadIdx.x - Of::key_threads) / 128);
+  bool is_own = uniform(threadIdx.x / 128) == Of::key_groups;  // the tile; otherwise it is another warpgroup's
   int i = 0, item = 0;
   float reference = 0;
+  // A register that does not fit would take the threads' own memory 200 cycles.
+  volatile int* const until = memory.until + (threadIdx.x - Of::key_threads);
   for (Tile tile = share.begin; i < share.count; tile.next_head()) {
     if (i > 0) {
       change_projection(args, memory, tile);
     }
-    const int until = min(i + tile.left(args), share.count);
-    const int64_t row = (static_cast<int64_t>(tile.head) * args.queries + share.query) * args.L + tile.first;
-    T* out = args.out + row * width;
-    for (int rows = args.L - tile.first; i < until; ++i, rows -= Of::rows, out += Of::rows * width) {
-      if (i % Of::query_groups == group) {
+    *until = min(i + tile.left(args), share.count);
+    T* const end = args.out + (static_cast<int64_t>(tile.head) * args.queries + share.query + 1) * args.L * width;
+    for (int rows = args.L - tile.first; i < uniform(*until); ++i, rows -= Of::rows) {
+      if (is_own) {
         const int at = place<Of::queries>(i), value = place<Of::values>(i);
         barrier_wait(memory.asked + at, parity<Of::queries>(i));
-        for (int end = 0; end < Of::rows; ++item) {
-          make_rows<Of>(args, memory, memory.q + at * Of::matrix, memory.v + value * Of::matrix, item, out, rows,
-                        reference, [&](int last) {
-                          end = last;
+        for (int last = 0; last < Of::rows; ++item) {
+          make_rows<Of>(args, memory, memory.q + at * Of::matrix, memory.v + value * Of::matrix, item,
+                        end - int64_t{rows} * width, rows, reference, [&](int row) {
+                          last = row;
                           barrier_arrive(memory.read + place<Of::items>(item));
-                          if (end == Of::rows) {
+                          if (last == Of::rows) {
                             barrier_arrive(memory.left + value);
                             barrier_arrive(memory.answered + at);
                           }
                         });
         }
-      } else {  // another warpgroup's tile
-        for (int end = 0; end < Of::rows; ++item) {
+      } else {
+        for (int last = 0; last < Of::rows; ++item) {
           const int slot = place<Of::items>(item);
           barrier_wait(memory.full + slot, parity<Of::items>(item));
-          end = memory.ranges[slot].y;
+          last = memory.ranges[slot].y;
           barrier_arrive(memory.read + slot);
         }
       }
+      is_own = Of::query_groups == 1 || !is_own;
     }
   }
 }
