@@ -1,6 +1,7 @@
 // Hopper's asynchronous copies, barriers and products, as far as the kernels here use them.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -89,7 +90,19 @@ __device__ __forceinline__ void barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(Number), "n"(Threads) : "memory");
 }
 
-// The same, and whether any of the threads has x.
+// The same where the number is known at run time alone; the compiler then reserves all of a block's barriers.
+template <int Threads>
+__device__ __forceinline__ void barrier_sync(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(Threads) : "memory");
+}
+
+// One of the barrier's threads arrives, and does not wait for the others.
+template <int Threads>
+__device__ __forceinline__ void barrier_arrive(int number) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(Threads) : "memory");
+}
+
+// Barrier Number, and whether any of its threads has x.
 template <int Number, int Threads>
 __device__ __forceinline__ bool barrier_or(bool x) {
   uint32_t any;
@@ -121,8 +134,19 @@ __device__ __forceinline__ void barrier_prepare(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
+// Lets background copies of tiles see the barriers that this thread has prepared.
+__device__ __forceinline__ void barriers_visible() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and has the phase wait for copies of so many bytes.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -134,6 +158,30 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
                  : "memory");
   } while (is_over == 0);
   __syncwarp();
+}
+
+// Copies a tile of the (B, H, rows, 64) tensor behind a map in the background, rows from `row` on, zeros for those past
+// its end, swizzled as the tensor cores read them; the barrier is told of its bytes.
+__device__ __forceinline__ void copy_tile(void* to, const CUtensorMap& map, int b, int h, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(0), "r"(row), "r"(h), "r"(b), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// All threads of a cluster's blocks arrive, and see what others did before.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// To where `to` is in the shared memory of another block of the cluster.
+__device__ __forceinline__ void store_to_block(int block, float4* to, const float4& x) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n}" ::"r"(shared_address(to)),
+      "r"(block), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
 }
 
 // All threads of a warpgroup change how many registers each has; more come when others have left them.

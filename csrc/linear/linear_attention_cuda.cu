@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "linear_attention.cuh"
 #include "linear_attention_cuda.h"
+#include "linear_attention_sums.cuh"
 
 // Attention of exponential features on Hopper's tensor cores: softmax attention twice. Features attend over keys,
 // a warpgroup for each 64 features, with the running maximum of a feature's exponents kept out of its sums; then
@@ -20,15 +20,7 @@ namespace fastrpe {
 namespace linear {
 namespace {
 
-enum class Pass { both, keys, queries };
-
-template <typename T>
-struct Range {
-  // A running maximum may lag behind: weights reach 2^limit, and 2^shift where it has just been taken. float16 has room
-  // for small ones only where the large are far above 1.
-  static constexpr float shift = std::is_same_v<T, Half> ? 12.f : 0.f;
-  static constexpr float limit = std::is_same_v<T, Half> ? 15.f : 8.f;
-};
+enum class Pass { keys, queries };
 
 // Shared memory is in units of 16 bytes; rows of 128 bytes are swizzled.
 template <Pass Kernel, int Features>
@@ -39,24 +31,23 @@ struct Plan {
   static constexpr int groups = threads / 128;  // warpgroups
   static constexpr int blocks = 4 / groups;     // of a multiprocessor
   static constexpr int features = M * pieces;   // of a matrix of M rows
-  static constexpr int matrices = pass == Pass::both ? 2 : pass == Pass::keys ? 1 : 3;
+  static constexpr int matrices = pass == Pass::keys ? 1 : 3;
   static constexpr int keys = M == 64 ? 64 : 128;  // of a tile
   static constexpr int stage = 2 * keys * pieces;
-  static constexpr int stages = pass == Pass::both || M == 64 ? 2 : M == 128 ? 3 : 6;
-  static constexpr int rows = 64;                                        // queries of a tile
-  static constexpr int ring = pass == Pass::both ? 2 : M == 64 ? 3 : 4;  // tiles of a warpgroup
+  static constexpr int stages = M == 64 ? 2 : M == 128 ? 3 : 6;
+  static constexpr int rows = 64;               // queries of a tile
+  static constexpr int ring = M == 64 ? 3 : 4;  // tiles of a warpgroup
   static constexpr int rings = groups * ring * rows * pieces;
   static constexpr int pool = pass == Pass::queries ? rings : stages * stage;
   // Whether a tile's biases are made during the tile before.
   static constexpr bool ahead = pass == Pass::keys && M == 128;
   static constexpr int biases = ahead ? 2 * keys : keys;
-  static constexpr int floats = pass == Pass::both ? M + biases : pass == Pass::keys ? biases : 2 * M;
+  static constexpr int floats = pass == Pass::keys ? biases : 2 * M;
   static constexpr size_t bytes = 16 * (matrices * features + pool) + sizeof(float) * floats;
-  static_assert(pass != Pass::both || pool == stage + rings);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024);
 };
 
-// With a kernel of their own, queries have two sets of means and exponents, of neighbouring heads.
+// Queries have two sets of means and exponents, of neighbouring heads.
 template <typename Of>
 struct Memory {
   uint4 *omega, *means, *pool;
@@ -67,167 +58,53 @@ struct Memory {
         means(omega + Of::features),
         pool(omega + Of::matrices * Of::features),
         exponents(reinterpret_cast<float*>(pool + Of::pool)),
-        key_bias(exponents + (Of::pass == Pass::keys ? 0 : Of::M)) {}
+        key_bias(exponents) {}
 
   __device__ __forceinline__ uint4* means_of(int head) const {
-    return means + (Of::pass == Pass::queries ? head % 2 * Of::features : 0);
+    return means + head % 2 * Of::features;
   }
 
   __device__ __forceinline__ float* exponents_of(int head) const {
-    return exponents + (Of::pass == Pass::queries ? head % 2 * Of::M : 0);
+    return exponents + head % 2 * Of::M;
   }
 };
-
-// A place among the tiles of all heads, and how many from there on are this block's.
-struct Place {
-  int head, b, h, tile, count;
-
-  template <typename T>
-  __device__ __forceinline__ Place(const Args<T>& args, int head) : head(head), tile(0), count(0) {
-    b = static_cast<uint32_t>(head) / static_cast<uint32_t>(args.Hk);
-    h = head - b * args.Hk;
-  }
-
-  // An equal share of all tiles, of which a head has `tiles`.
-  template <typename T>
-  static __device__ __forceinline__ Place share(const Args<T>& args, int tiles) {
-    const int64_t all = static_cast<int64_t>(args.heads) * tiles;
-    const int block = this_block();
-    const int first = static_cast<int>(all * block / gridDim.x);
-    Place place(args, static_cast<uint32_t>(first) / static_cast<uint32_t>(tiles));
-    place.tile = first - place.head * tiles;
-    place.count = static_cast<int>(all * (block + 1) / gridDim.x) - first;
-    return place;
-  }
-
-  // A piece of the tiles between where two shares of causal attention begin, of those of the second's head; none where
-  // it begins with a head. Neighbouring blocks have different shares, so that those without tiles spread.
-  template <typename T>
-  static __device__ __forceinline__ Place before_share(const Args<T>& args) {
-    const int64_t all = static_cast<int64_t>(args.heads) * args.key_tiles;
-    const int block = this_block(), between = args.key_blocks - 1, piece = block / between,
-              share = block - piece * between;
-    const int end = static_cast<int>(all * (share + 1) / args.key_blocks);
-    Place place(args, static_cast<uint32_t>(end) / static_cast<uint32_t>(args.key_tiles));
-    const int begin = max(static_cast<int>(all * share / args.key_blocks) - place.head * args.key_tiles, 0);
-    const int64_t tiles = end - place.head * args.key_tiles - begin;
-    place.tile = begin + static_cast<int>(tiles * piece / args.share_pieces);
-    place.count = begin + static_cast<int>(tiles * (piece + 1) / args.share_pieces) - place.tile;
-    return place;
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void next_head(const Args<T>& args) {
-    ++head;
-    if (++h == args.Hk) {
-      h = 0;
-      ++b;
-    }
-  }
-};
-
-// Of piece u of a row of the product a thread holds pairs p: columns 32 (u / 4) + 8 p + 2 (u % 4) and the next of the
-// values.
-template <int M, typename T>
-__device__ __forceinline__ void store_state(const Args<T>& args, const Place& place, int row, int u,
-                                            const float2 (&kv)[4], float z, float c) {
-  const int64_t feature = static_cast<int64_t>(place.head) * M + row;
-  float* to = args.kv + feature * width + u / 4 * 32 + u % 4 * 2;
-#pragma unroll
-  for (int p = 0; p < 4; ++p) {
-    *reinterpret_cast<float2*>(to + 8 * p) = kv[p];
-  }
-  if (u == 0) {
-    args.z[feature] = z;
-    args.log_scale[feature] = (c + feature_bias(args, place.h, row)) * ln2;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ uint4 mean_value(const float2 (&kv)[4], float z) {
-  const float inverse = z == 0 ? 0 : 1 / z;
-  return {pack<T>(kv[0].x * inverse, kv[0].y * inverse), pack<T>(kv[1].x * inverse, kv[1].y * inverse),
-          pack<T>(kv[2].x * inverse, kv[2].y * inverse), pack<T>(kv[3].x * inverse, kv[3].y * inverse)};
-}
-
-// What a feature adds to a query's exponent; its bias counts for keys and for queries.
-template <typename T>
-__device__ __forceinline__ float query_exponent(const Args<T>& args, int h, int row, float z, float c) {
-  return z == 0 ? empty : c + log2f(z) + 2 * feature_bias(args, h, row);
-}
-
-__device__ __forceinline__ void add(float2& to, float x, float y, float factor) {
-  to = {fmaf(x, factor, to.x), fmaf(y, factor, to.y)};
-}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// c (64 rows x 2 R) = a b^T over the width.
+// weights = 2^(s - top), and total += them.
 template <typename T, int R>
-__device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uint4* b) {
-  const uint64_t of_a = operand(a), of_b = operand(b);
-  products_begin();
+__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R],
+                                      const float (&top)[2]) {
 #pragma unroll
-  for (int step = 0; step < width / 16; ++step) {
-    multiply<T>(c, further(of_a, 32 * step), further(of_b, 32 * step), step > 0);
+  for (int n = 0; n < R / 2; ++n) {
+    const float x = exp2_approximate(s[2 * n] - top[n % 2]), y = exp2_approximate(s[2 * n + 1] - top[n % 2]);
+    total[n % 2] += x + y;
+    weights[n / 4][n % 4] = pack<T>(x, y);
   }
-  products_end();
 }
 
-// sums (= or +=) 2^(s - top) values, in the background, and total += the weights; `values` has a row for each column of
-// s.
+// The same without a largest.
 template <typename T, int R>
-__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2], const float (&s)[R],
-                                           const float (&top)[2], const uint4* values, bool add) {
-  const uint64_t of_values = operand(values);
-  uint32_t weights[R / 8][4];
+__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R]) {
 #pragma unroll
-  for (int n = 0; n < R / 8; ++n) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float x = exp2_approximate(s[8 * n + 2 * m] - top[m % 2]);
-      const float y = exp2_approximate(s[8 * n + 2 * m + 1] - top[m % 2]);
-      total[m % 2] += x + y;
-      weights[n][m] = pack<T>(x, y);
-    }
+  for (int n = 0; n < R / 2; ++n) {
+    const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
+    total[n % 2] += x + y;
+    weights[n / 4][n % 4] = pack<T>(x, y);
   }
+}
+
+// sums (= or +=) weights values, in the background; `values` has a row for each column of the weights.
+template <typename T, int N>
+__device__ __forceinline__ void add_values(float (&sums)[32], const uint32_t (&weights)[N][4], const uint4* values,
+                                           bool add) {
+  const uint64_t of_values = operand(values);
   products_begin();
 #pragma unroll
-  for (int n = 0; n < R / 8; ++n) {
+  for (int n = 0; n < N; ++n) {
     multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
   }
   products_end();
-}
-
-__device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], const float (&factor)[2]) {
-#pragma unroll
-  for (int n = 0; n < 32; ++n) {
-    sums[n] *= factor[n / 2 % 2];
-  }
-  total[0] *= factor[0];
-  total[1] *= factor[1];
-}
-
-// A thread's share of the sums over a head's keys, to this block's slot.
-template <typename Of, typename T>
-__device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
-                                           const float (&c)[2]) {
-  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const int64_t slot = static_cast<int64_t>(this_block()) + (args.share_pieces > 0 ? 0 : head);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t row = slot * Of::M + feature + 8 * i;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
-                                                                                kv[4 * j + 2 * i + 1]};
-    }
-    const float sum = sum_of_four(z[i]);
-    if (t == 0) {
-      args.part_z[row] = sum;
-      args.part_c[row] = c[i];
-    }
-  }
 }
 
 // Copies of this block's keys and values, tile by tile; a thread has a piece of each step-th row. Where biases are made
@@ -269,7 +146,7 @@ struct KeyCopies {
     copy(k, args.k.l, inside, stage);
     copy(v, args.v.l, inside, stage + Of::stage / 2);
     first += Of::keys;
-    if (Of::pass == Pass::keys && first >= args.S) {
+    if (first >= args.S) {
       first = 0;
       at.next_head(args);
       find();
@@ -306,57 +183,25 @@ __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* 
   }
 }
 
-// Whether exponents of this warp's features are nowhere far above c, so that maxima need not be looked for any more:
-// scale w k - |scale k|^2 / 2 is at most |w|^2 / 2. bfloat16 has room for what is above.
-template <typename T>
-__device__ __forceinline__ bool bounds(const uint4* omega, const float (&c)[2]) {
-  constexpr float room = 64;
-  const int feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  float squares[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(omega + piece(feature + 8 * i, 4 * half + t)));
-#pragma unroll
-      for (float value : x) {
-        squares[i] = fmaf(value, value, squares[i]);
-      }
-    }
-  }
-  sum_of_four(squares);
-  return !__any_sync(~0u, c[0] < squares[0] * (log2e / 2) - room || c[1] < squares[1] * (log2e / 2) - room);
-}
-
-// The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c. With all of a head's keys
-// `last` is called when the pool but for its first stage is free; otherwise a head's sums are stored where they end.
-template <typename Of, typename T, typename Last>
-__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, float (&kv)[32], float (&z)[2],
-                                         float (&c)[2], Last&& last) {
-  Place at = Of::pass == Pass::both  ? Place(args, this_block())
-             : args.share_pieces > 0 ? Place::before_share(args)
-                                     : Place::share(args, args.key_tiles);
-  if constexpr (Of::pass == Pass::both) {
-    at.count = args.key_tiles;
-  }
+// The sums of this block's tiles of keys over a warpgroup's 64 features, relative to 2^c, stored where a head ends.
+template <typename Of, typename T>
+__device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory) {
+  Place at = args.share_pieces > 0 ? Place::before_share(args) : Place::share(args, args.key_tiles);
   const int count = at.count;
+  float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
 #pragma unroll
   for (float& x : kv) {
     x = 0;
   }
-  if constexpr (Of::pass == Pass::keys) {
-    if (count == 0) {
-      store_part<Of>(args, at.head, kv, z, c);
-      return;
-    }
+  if (count == 0) {
+    store_part<Of::M>(args, at.head, kv, z, c);
+    return;
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
-  // Whether no exponent of the head is far above c; whether the head has just begun.
+  // Whether the head's weights need no largest exponent; whether the head has just begun.
   bool is_bounded = false, is_fresh = true;
-  // The last tile lies in the first stage.
-  const auto stage_of = [&](int i) { return memory.pool + (count - 1 - i) % Of::stages * Of::stage; };
+  const auto stage_of = [&](int i) { return memory.pool + i % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
     if (i < count) {
       copies.start(stage_of(i));
@@ -391,21 +236,16 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       copies_visible();
     }
     __syncthreads();  // this stage is there, and everyone has left the one before
-    if constexpr (Of::pass == Pass::keys) {
-      if (args.projection.head != 0 && first == 0 && i > 0) {
-        fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
-        copies_end();
-        copies_wait<0>();
-        copies_visible();
-        __syncthreads();
-      }
+    if (args.projection.head != 0 && first == 0 && i > 0) {
+      fill_projection<T, Of::M, Of::threads>(args.projection, at.h, memory.omega);
+      copies_end();
+      copies_wait<0>();
+      copies_visible();
+      __syncthreads();
     }
     if (i > 0) {
       start_copy(i - 1 + Of::stages);
       copies_end();
-    }
-    if (i == count - 1) {
-      last();
     }
     float s[Of::keys / 2];
     project<T>(s, memory.omega + threadIdx.x / 128 * 64 * pieces, stage);
@@ -418,12 +258,19 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       __syncthreads();
     }
     products_wait(s);
+    uint32_t weights[Of::keys / 16][4];
     add_exponents(s, args.scale, key_bias);
     if (!is_bounded) {
       float top[2] = {masked, masked};
       find_largest(s, top);
       largest_of_four(top);
-      if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
+      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
+        is_bounded = !__any_sync(~0u, need_largest<T>(memory.omega, top));
+      }
+      is_fresh = false;
+      if (is_bounded) {
+        c[0] = c[1] = 0;
+      } else if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
         float factor[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -433,15 +280,16 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         }
         rescale(kv, z, factor);
       }
-      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
-        is_bounded = bounds<T>(memory.omega, c);
-      }
-      is_fresh = false;
     }
-    add_values<T>(kv, z, s, c, stage + Of::stage / 2, true);
+    if (is_bounded) {
+      weigh<T>(weights, z, s);
+    } else {
+      weigh<T>(weights, z, s, c);
+    }
+    add_values<T>(kv, weights, stage + Of::stage / 2, true);
     const int head = at.head;
     first += Of::keys;
-    const bool is_end = Of::pass == Pass::keys && (first >= args.S || i == count - 1);
+    const bool is_end = first >= args.S || i == count - 1;
     if (is_end) {
       first = 0;
       at.next_head(args);
@@ -451,77 +299,19 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       fill_bias_ahead(i + 1);
     }
     products_wait(kv);
-    if constexpr (Of::pass == Pass::keys) {
-      if (is_end) {
-        store_part<Of>(args, head, kv, z, c);
-        is_bounded = false;
-        is_fresh = true;
-        c[0] = c[1] = empty;
-        z[0] = z[1] = 0;
+    if (is_end) {
+      store_part<Of::M>(args, head, kv, z, c);
+      is_bounded = false;
+      is_fresh = true;
+      c[0] = c[1] = empty;
+      z[0] = z[1] = 0;
 #pragma unroll
-        for (float& x : kv) {
-          x = 0;
-        }
+      for (float& x : kv) {
+        x = 0;
       }
     }
   }
 }
-
-// The means and exponents of a head, to shared memory, and its state. A thread holds pieces t and 4 + t of two rows.
-template <typename Of, typename T>
-__device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>& memory, const float (&kv)[32],
-                                           const float (&z)[2], const float (&c)[2]) {
-  const Place place(args, this_block());
-  const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const float total[2] = {sum_of_four(z[0]), sum_of_four(z[1])};
-  const auto each = [&](auto&& take) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int i = n / 2, half = n % 2;
-      float2 sums[4];
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const int at = 16 * half + 4 * p + 2 * i;
-        sums[p] = {kv[at], kv[at + 1]};
-      }
-      take(feature + 8 * i, 4 * half + t, sums, total[i], c[i]);
-    }
-  };
-  each([&](int row, int u, const float2(&sums)[4], float z, float c) {
-    memory.means[piece(row, u)] = mean_value<T>(sums, z);
-    if (u == 0) {
-      memory.exponents[row] = query_exponent(args, place.h, row, z, c);
-    }
-  });
-  copies_visible();
-  __syncthreads();
-  if (args.kv == nullptr) {
-    return;
-  }
-  // Only now: the barrier would wait for the state's way to global memory.
-  each([&](int row, int u, const float2(&sums)[4], float z, float c) {
-    store_state<Of::M>(args, place, row, u, sums, z, c);
-  });
-}
-
-// A tile of a key head's queries: rows from 64 `row` on of one of its query heads; none past the last of these.
-struct QueryTile {
-  int head, row;
-
-  template <typename T>
-  __device__ __forceinline__ QueryTile(const Args<T>& args, int number) : head(0), row(number) {
-    move(args, 0);
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void move(const Args<T>& args, int tiles) {
-    row += tiles;
-    while (row >= args.row_tiles && head < args.queries) {
-      row -= args.row_tiles;
-      ++head;
-    }
-  }
-};
 
 // This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
 template <typename Of, typename T>
@@ -532,16 +322,15 @@ struct Queries {
   Place at;               // where the copies are
   QueryTile tile, next;   // of the products, and of the copies
 
-  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings, int started = 0)
+  __device__ __forceinline__ Queries(const Args<T>& args, uint4* rings)
       : args(args),
         ring(rings + threadIdx.x / 128 * Of::ring * Of::rows * pieces),
-        at(Of::pass == Pass::both ? Place(args, this_block()) : Place::share(args, args.query_steps)),
+        at(Place::share(args, args.query_steps)),
         tile(args, at.tile * Of::groups + threadIdx.x / 128),
-        next(args, (at.tile + started) * Of::groups + threadIdx.x / 128) {
+        next(tile) {
     head = at.head;
     step = at.tile;
-    at.tile += started;
-    count = Of::pass == Pass::both ? args.query_steps : at.count;
+    count = at.count;
   }
 
   // Copies come in order.
@@ -553,7 +342,7 @@ struct Queries {
       }
       ++at.tile;
       next.move(args, Of::groups);
-      if (Of::pass == Pass::queries && at.tile == args.query_steps) {
+      if (at.tile == args.query_steps) {
         at.tile = 0;
         at.next_head(args);
         next = QueryTile(args, threadIdx.x / 128);
@@ -584,13 +373,7 @@ struct Queries {
   __device__ __forceinline__ void run(const Memory<Of>& memory) {
     constexpr int part = Of::M < 128 ? Of::M : 128;  // features at a time
     for (int n = 0; n < count; ++n) {
-      if constexpr (Of::pass == Pass::both) {
-        if (n == 0) {
-          copies_wait<Of::ring - 1>();
-        } else {
-          copies_wait<Of::ring - 2>();
-        }
-      } else if (n == 0) {
+      if (n == 0) {
         copies_wait<Of::ring - 2>();
       } else if (step == 0) {  // the next tile's alone may be under way
         copies_wait<1>();
@@ -598,7 +381,7 @@ struct Queries {
         copies_wait<2 * (Of::ring - 2) - 1>();  // two groups for each tile
       }
       copies_visible();
-      if (Of::pass == Pass::queries && (n == 0 || step == 0)) {
+      if (n == 0 || step == 0) {
         __syncthreads();  // the head's means are there, and everyone has left those of the head before
         if (args.projection.head != 0 && n > 0) {
           fill_projection<T, Of::M, Of::threads>(args.projection, head % args.Hk, memory.omega);
@@ -612,12 +395,10 @@ struct Queries {
       } else {
         warpgroup_sync(threadIdx.x / 128);
       }
-      if constexpr (Of::pass == Pass::queries) {
-        if (step == args.query_steps - 1 && n < count - 1) {
-          start_means(memory, head + 1);
-        }
-        copies_end();
+      if (step == args.query_steps - 1 && n < count - 1) {
+        start_means(memory, head + 1);
       }
+      copies_end();
       if (n > 0) {
         start_copy(n - 1 + Of::ring);
       }
@@ -629,6 +410,7 @@ struct Queries {
 #pragma unroll 1
         for (int from = 0; from < Of::M; from += part) {
           float s[part / 2];
+          uint32_t weights[part / 16][4];
           project<T>(s, ring + n % Of::ring * Of::rows * pieces, memory.omega + from * pieces);
           products_wait(s);
           const float old[2] = {top[0], top[1]};
@@ -637,7 +419,8 @@ struct Queries {
           if (from > 0) {
             rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
           }
-          add_values<T>(sums, total, s, top, means + from * pieces, from > 0);
+          weigh<T>(weights, total, s, top);
+          add_values<T>(sums, weights, means + from * pieces, from > 0);
           products_wait(sums);
         }
         const int row = tile.row * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -660,7 +443,7 @@ struct Queries {
       }
       tile.move(args, Of::groups);
       ++step;
-      if (Of::pass == Pass::queries && step == args.query_steps) {
+      if (step == args.query_steps) {
         step = 0;
         ++head;
         tile = QueryTile(args, threadIdx.x / 128);
@@ -691,17 +474,13 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks) linear_attention_kern
     // In this order: the next kernels read queries before they wait, for this one alone.
     wait_for_previous();
     let_next_begin();
-    float kv[32], z[2] = {0, 0}, c[2] = {empty, empty};
-    if constexpr (Of::pass == Pass::keys) {
-      sum_keys(args, memory, kv, z, c, [] {});
-    } else {
-      uint4* rings = memory.pool + Of::stage;
-      sum_keys(args, memory, kv, z, c, [&] { Queries<Of, T>(args, rings).start_copies(0, Of::ring); });
-      share_sums(args, memory, kv, z, c);
-      Queries<Of, T>(args, rings, Of::ring).run(memory);
-    }
+    sum_keys(args, memory);
   }
 #endif
+}
+
+__device__ __forceinline__ void add(float2& to, float x, float y, float factor) {
+  to = {fmaf(x, factor, to.x), fmaf(y, factor, to.y)};
 }
 
 // Adds the sums of all blocks that had keys of a head; a thread has a piece of a row.
@@ -761,13 +540,17 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
   }
 }
 
-// Whether a block for each head, with `work` in units of 64 x 64 weights and `resident` at once on a multiprocessor,
-// takes less time than equal shares of the work, which go through memory: by times measured on an H100, equal shares
-// take 10 / 7 as long for the same work, and their launches as long as 9 units on every multiprocessor.
-bool takes_one_launch(int64_t heads, int64_t work, int64_t resident, int64_t multiprocessors) {
+// Whether a block for each head, or two, take less time than equal shares of the work, which go through memory. `work`
+// is a head's, in units of 64 x 64 weights, and `resident` how many blocks a multiprocessor has room for. By times
+// measured on an H100, equal shares take 10 / 7 as long for the same work, and their launches as long as 9 units on
+// every multiprocessor; the kernels for many tiles take 4 / 5 as long (on an H200; on an H100 they wait for memory),
+// and their launches as long as 140.
+bool takes_one_launch(int64_t heads, bool halved, int64_t work, int64_t resident, int64_t multiprocessors, bool many) {
   // Half of the time that blocks take on a multiprocessor is the same for any number that it has room for at once.
-  const int64_t blocks = ceil_div(heads, multiprocessors), twice = blocks + std::max(blocks, resident);
-  return 7 * twice * work * multiprocessors <= 20 * (heads * work + 9 * multiprocessors);
+  const int64_t blocks = ceil_div(halved ? 2 * heads : heads, multiprocessors);
+  const int64_t quarters = (blocks + std::max(blocks, resident)) * (halved ? 1 : 2);
+  return many ? 5 * quarters * work * multiprocessors <= 16 * (heads * work + 140 * multiprocessors)
+              : 7 * quarters * work * multiprocessors <= 40 * (heads * work + 9 * multiprocessors);
 }
 
 template <typename Of, typename T>
@@ -877,32 +660,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.key_tiles = std::max(ceil_div(S, plan.keys), 1);  // no keys: one tile of none
       args.query_steps = ceil_div(int64_t{args.queries} * args.row_tiles, plan.groups);
     };
+    constexpr bool has_many = F == 128 && std::is_same_v<T, BFloat16>;  // kernels for many tiles
+    constexpr int64_t many = 8;                                         // of a warpgroup
+    const int64_t row_tiles = int64_t{args.queries} * args.row_tiles;
+    const bool many_keys = has_many && heads * ceil_div(S, 128) >= many * gpu.multiprocessors;
+    const bool many_queries = has_many && heads * row_tiles >= 2 * many * gpu.multiprocessors;
     if constexpr (F < 256) {
-      using Of = Plan<Pass::both, F>;
       const bool is_short = !causal && !need_state && H > 0 && L > 0 && L <= 64 && S > 0 && S <= 64;
       // These blocks wait less for one another than those below: alone, one takes as long as if there were room for 2.
-      if (is_short && takes_one_launch(heads, (1 + H / Hk) * (F / 64), 2, gpu.multiprocessors)) {
+      if (is_short && takes_one_launch(heads, false, (1 + H / Hk) * (F / 64), 2, gpu.multiprocessors, false)) {
         head_attention<T, F>(args, gpu.multiprocessors, index, stream);
         return;
       }
-      if (!causal) {
-        divide(Of{});
-        const int64_t tiles = int64_t{args.key_tiles} * (Of::keys / 64) + int64_t{args.query_steps} * Of::groups;
-        if (takes_one_launch(heads, tiles * (F / 64), Of::blocks, gpu.multiprocessors)) {
-          launch<Of>(args, heads, index, stream);
-          return;
-        }
+      constexpr int groups = F / 64;  // warpgroups of a block, of four that a multiprocessor has room for
+      const int key_tiles = ceil_div(S, F);
+      const int64_t work = (key_tiles + ceil_div(row_tiles, groups)) * groups * groups;
+      const bool halved = are_halved(heads, key_tiles, 4 / groups, gpu.multiprocessors);
+      if (!causal &&
+          takes_one_launch(heads, halved, work, 4 / groups, gpu.multiprocessors, many_keys && many_queries) &&
+          whole_attention<T, F>(args, gpu.multiprocessors, index, stream)) {
+        return;
       }
     }
     using Of = Plan<Pass::keys, F>;
     divide(Of{});
     args.key_tile = Of::keys;
     const int64_t resident = gpu.multiprocessors * Of::blocks;
-    args.key_blocks =
-        static_cast<int>(causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
-                                : std::min(heads * args.key_tiles, resident));
+    const int64_t at_once = std::min(heads * args.key_tiles, many_keys ? int64_t{gpu.multiprocessors} : resident);
+    args.key_blocks = causal ? causal_shares<F>(heads, args.queries, L, args.key_tiles, gpu.multiprocessors)
+                             : static_cast<int>(at_once);
     // As many pieces as run at once, of 8 tiles or more: what is summed in pieces has to be added.
-    const int64_t pieces_at_once = std::min(resident, heads * args.key_tiles / 8);
+    const int64_t pieces_at_once = std::min(at_once, heads * args.key_tiles / 8);
     args.share_pieces = causal ? static_cast<int>(std::max(pieces_at_once / args.key_blocks, int64_t{1})) : 0;
     const int64_t blocks = causal ? int64_t{args.key_blocks - 1} * args.share_pieces : args.key_blocks;
     const int64_t of_parts = (causal ? blocks : heads + blocks - 1) * F, of_heads = causal ? 0 : heads * F;
@@ -914,7 +702,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       args.exponents = args.part_kv + of_parts * width + of_heads * (width / 2);
       args.part_z = args.exponents + of_heads;
       args.part_c = args.part_z + of_parts;
-      launch<Of>(args, blocks, index, stream);
+      if constexpr (has_many) {
+        if (!many_keys || !sum_many_keys<T, F>(args, static_cast<int>(blocks), index, stream)) {
+          launch<Of>(args, blocks, index, stream);
+        }
+      } else {
+        launch<Of>(args, blocks, index, stream);
+      }
     }
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (causal) {
@@ -923,6 +717,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
       }
     }
     launch(add_parts_kernel<T, F>, of_heads * pieces / 128, 128, 0, stream, true, args);
+    if constexpr (has_many) {
+      if (many_queries) {
+        attend_many<T, F>(args, gpu.multiprocessors, index, stream);
+        return;
+      }
+    }
     if (args.query_steps > 0) {
       launch<Plan<Pass::queries, F>>(args, std::min(heads * args.query_steps, resident), index, stream);
     }

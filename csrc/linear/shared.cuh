@@ -194,20 +194,30 @@ inline Device device(int index) {
   return all.at(index);
 }
 
+// With so many blocks to a cluster.
 template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream, bool overlaps,
-            const Parameters&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 blocks, int threads, size_t bytes,
+                     cudaStream_t stream, bool overlaps, const Parameters&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = overlaps;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream, bool overlaps,
+            const Parameters&... arguments) {
+  launch_clusters(kernel, 1, blocks, threads, bytes, stream, overlaps, arguments...);
 }
 
 }  // namespace linear

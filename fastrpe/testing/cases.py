@@ -469,6 +469,7 @@ CASES: tuple[Case, ...] = (
     linear_case("transposed", layout="transposed"),
     linear_case("strided-causal", layout="strided", causal=True),
     linear_case("expanded", layout="expanded"),
+    linear_case("expanded-causal", L=130, D=64, V=64, M=128, layout="expanded", causal=True),
     linear_case("tiny", "tiny", **TINY_LINEAR),
     linear_case("tiny-causal", "tiny", **TINY_LINEAR, causal=True, eps=0.1),
     linear_case("tiny-hyperbolic-causal", "tiny", **TINY_LINEAR, kind="hyperbolic", causal=True, masked=True),

@@ -998,19 +998,79 @@ def test_state_splits_the_native_kernel(kind: str, M: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("L, causal", ((200, True), (200, False), (40000, False)))
 @pytest.mark.parametrize("kind", ("positive", "oprf", "exp"))
-def test_10_large_inputs_of_the_native_kernel(kind: str) -> None:
+def test_10_large_inputs_of_the_native_kernel(kind: str, L: int, causal: bool) -> None:
     """Norms from 0.1 to 30 in bfloat16, growing, falling and mixed, and one key a thousand times as large."""
-    one = inputs(4, 2, 1, 200, 64, 64, 128, kind=kind, device="cuda", dtype=torch.bfloat16)
-    size = torch.logspace(-1, math.log10(30), 200)
-    mixed = size[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
-    late = torch.ones(200).index_fill(0, torch.tensor(100), 1000)
+    one = inputs(4, 2, 1, L, 64, 64, 128, kind=kind, device="cuda", dtype=torch.bfloat16)
+    size = torch.logspace(-1, math.log10(30), L)
+    mixed = size[torch.randperm(L, generator=torch.Generator().manual_seed(0))]
+    late = torch.ones(L).index_fill(0, torch.tensor(100), 1000)
     size = torch.stack((size, size.flip(0), mixed, late)).cuda()[:, None, :, None]
     for n in ("q", "k"):
         one[n] = (one[n] / one[n].norm(dim=-1, keepdim=True) * size).to(torch.bfloat16)
     wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}
-    same, exact = (linear_attention(**x, causal=True, backend="reference") for x in (one, wide))
-    assert_accurate(linear_attention(**one, causal=True, backend="native"), same, exact)
+    same, exact = (linear_attention(**x, causal=causal, backend="reference") for x in (one, wide))
+    assert_accurate(linear_attention(**one, causal=causal, backend="native"), same, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", (False, True), ids=("all", "masked"))
+@pytest.mark.parametrize("kind", ("positive", "oprf", "exp"))
+def test_many_tokens_of_the_native_kernel(kind: str, masked: bool) -> None:
+    """Heads divided among blocks that have many tiles each, with a projection for each head."""
+    one = inputs(2, 8, 4, 20003, 64, 64, 128, kind=kind, device="cuda", dtype=torch.bfloat16)
+    one["omega"] = draw(4, 128, 64, seed=3, device="cuda", dtype=torch.bfloat16)
+    mask = draw(2, 20003, seed=6, device="cuda") > -0.5 if masked else None
+    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in one.items()}
+    same, exact = (linear_attention(**x, mask=mask, backend="reference") for x in (one, wide))
+    y, again = (linear_attention(**one, mask=mask, backend="native") for _ in range(2))
+    assert_bitwise(y, again)
+    assert_accurate(y, same, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize(
+    "B, H, Hk, L, S, M",
+    (
+        (1, 2, 2, 300, 1100, 128),
+        (2, 6, 2, 77, 700, 128),
+        (3, 3, 3, 129, 200, 128),
+        (1, 1, 1, 1, 65, 64),
+        (2, 4, 2, 90, 901, 64),
+    ),
+)
+def test_heads_that_two_blocks_share(B: int, H: int, Hk: int, L: int, S: int, M: int, dtype: torch.dtype) -> None:
+    """Few heads, each by two blocks of the native kernel: half of a head masked, and gradients by its sums."""
+    one = inputs(B, H, Hk, L, 64, 64, M, device="cuda", dtype=dtype)
+    one |= {n: draw(B, Hk, S, 64, seed=i, device="cuda", dtype=dtype) for i, n in enumerate("kv", 1)}
+    mask, dy = draw(B, S, seed=6, device="cuda") > -0.5, draw(B, H, L, 64, seed=7, device="cuda", dtype=dtype)
+    mask[-1, : S // 2] = False
+
+    def results(backend: str, to: torch.dtype) -> tuple[Tensor, ...]:
+        x = {n: t.detach().to(to) if isinstance(t, Tensor) else t for n, t in one.items()}
+        x["v"].requires_grad_()
+        y = linear_attention(**x, mask=mask, backend=backend)
+        return y.detach(), *torch.autograd.grad(y, x["v"], dy.to(to))
+
+    for y, same, exact in zip(
+        results("native", dtype), results("reference", dtype), results("reference", torch.float64)
+    ):
+        assert_accurate(y, same, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("L", (300, 40000))
+@pytest.mark.parametrize("causal", (False, True), ids=("all", "causal"))
+def test_heads_that_are_one_of_the_native_kernel(L: int, causal: bool) -> None:
+    """Keys and values without a stride between heads and batches."""
+    one = inputs(2, 4, 4, L, 64, 64, 128, device="cuda", dtype=torch.bfloat16)
+    same = linear_attention(
+        **one | {n: one[n][:1, :1].repeat(2, 4, 1, 1) for n in "kv"}, causal=causal, backend="native"
+    )
+    one |= {n: one[n][:1, :1].expand(2, 4, L, 64) for n in "kv"}
+    assert_bitwise(linear_attention(**one, causal=causal, backend="native"), same)
 
 
 @pytest.mark.gpu
