@@ -71,37 +71,26 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// weights = 2^(s - top), and total += them.
+// sums (= or +=) 2^(s - top) values, in the background, and total += the weights; `values` has a row for each column of
+// s.
 template <typename T, int R>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R],
-                                      const float (&top)[2]) {
-#pragma unroll
-  for (int n = 0; n < R / 2; ++n) {
-    const float x = exp2_approximate(s[2 * n] - top[n % 2]), y = exp2_approximate(s[2 * n + 1] - top[n % 2]);
-    total[n % 2] += x + y;
-    weights[n / 4][n % 4] = pack<T>(x, y);
-  }
-}
-
-// The same without a largest.
-template <typename T, int R>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[R / 8][4], float (&total)[2], const float (&s)[R]) {
-#pragma unroll
-  for (int n = 0; n < R / 2; ++n) {
-    const float x = exp2_approximate(s[2 * n]), y = exp2_approximate(s[2 * n + 1]);
-    total[n % 2] += x + y;
-    weights[n / 4][n % 4] = pack<T>(x, y);
-  }
-}
-
-// sums (= or +=) weights values, in the background; `values` has a row for each column of the weights.
-template <typename T, int N>
-__device__ __forceinline__ void add_values(float (&sums)[32], const uint32_t (&weights)[N][4], const uint4* values,
-                                           bool add) {
+__device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2], const float (&s)[R],
+                                           const float (&top)[2], const uint4* values, bool add) {
   const uint64_t of_values = operand(values);
+  uint32_t weights[R / 8][4];
+#pragma unroll
+  for (int n = 0; n < R / 8; ++n) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float x = exp2_approximate(s[8 * n + 2 * m] - top[m % 2]);
+      const float y = exp2_approximate(s[8 * n + 2 * m + 1] - top[m % 2]);
+      total[m % 2] += x + y;
+      weights[n][m] = pack<T>(x, y);
+    }
+  }
   products_begin();
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < R / 8; ++n) {
     multiply<T, Inner::b>(sums, weights[n], further(of_values, n * 16 * 16 * pieces), add || n > 0);
   }
   products_end();
@@ -199,7 +188,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
-  // Whether the head's weights need no largest exponent; whether the head has just begun.
+  // Whether no exponent of the head is far above c; whether the head has just begun.
   bool is_bounded = false, is_fresh = true;
   const auto stage_of = [&](int i) { return memory.pool + i % Of::stages * Of::stage; };
   const auto start_copy = [&](int i) {
@@ -258,19 +247,12 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       __syncthreads();
     }
     products_wait(s);
-    uint32_t weights[Of::keys / 16][4];
     add_exponents(s, args.scale, key_bias);
     if (!is_bounded) {
       float top[2] = {masked, masked};
       find_largest(s, top);
       largest_of_four(top);
-      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
-        is_bounded = !__any_sync(~0u, need_largest<T>(memory.omega, top));
-      }
-      is_fresh = false;
-      if (is_bounded) {
-        c[0] = c[1] = 0;
-      } else if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
+      if (__any_sync(~0u, top[0] > c[0] + Range<T>::limit || top[1] > c[1] + Range<T>::limit)) {
         float factor[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -280,13 +262,16 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         }
         rescale(kv, z, factor);
       }
+      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
+        // bfloat16 has room for what is not far above c, so that maxima need not be looked for any more.
+        constexpr float room = 64;
+        float bounds[2];
+        find_bounds<T>(memory.omega, bounds);
+        is_bounded = !__any_sync(~0u, c[0] < bounds[0] - room || c[1] < bounds[1] - room);
+      }
+      is_fresh = false;
     }
-    if (is_bounded) {
-      weigh<T>(weights, z, s);
-    } else {
-      weigh<T>(weights, z, s, c);
-    }
-    add_values<T>(kv, weights, stage + Of::stage / 2, true);
+    add_values<T>(kv, z, s, c, stage + Of::stage / 2, true);
     const int head = at.head;
     first += Of::keys;
     const bool is_end = first >= args.S || i == count - 1;
@@ -410,7 +395,6 @@ struct Queries {
 #pragma unroll 1
         for (int from = 0; from < Of::M; from += part) {
           float s[part / 2];
-          uint32_t weights[part / 16][4];
           project<T>(s, ring + n % Of::ring * Of::rows * pieces, memory.omega + from * pieces);
           products_wait(s);
           const float old[2] = {top[0], top[1]};
@@ -419,8 +403,7 @@ struct Queries {
           if (from > 0) {
             rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
           }
-          weigh<T>(weights, total, s, top);
-          add_values<T>(sums, weights, means + from * pieces, from > 0);
+          add_values<T>(sums, total, s, top, means + from * pieces, from > 0);
           products_wait(sums);
         }
         const int row = tile.row * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;

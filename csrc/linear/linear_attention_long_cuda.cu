@@ -384,8 +384,10 @@ struct KeySums {
     products_wait(a);
     float top[2];
     find_exponents(a, top);
+    // Gradients need a mean that is a value where one key has all of the weight: a largest weight of 1 is not rounded.
+    const bool for_gradients = args.kv != nullptr && args.share_pieces == 0;
     // The warps of a warpgroup take the same way, since they start products together.
-    bool is_far = args.norm == 0 || need_largest<T>(memory.omega, top);
+    bool is_far = args.norm == 0 || for_gradients || need_largest<T>(memory.omega, top);
     if (threadIdx.x < 128) {
       is_far = barrier_or<1, 128>(is_far);
     } else {

@@ -198,7 +198,9 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       float top[2] = {masked, masked};
       find_largest(s, top);
       largest_of_four(top);
-      if (std::is_same_v<T, BFloat16> && i == 0 && args.norm != 0) {
+      // Gradients need a mean that is a value where one key has all of the weight: a largest weight of 1 is not
+      // rounded.
+      if (std::is_same_v<T, BFloat16> && i == 0 && args.norm != 0 && args.kv == nullptr) {
         is_bounded = !__any_sync(~0u, need_largest<T>(memory.omega, top));
       }
       if (is_bounded) {
