@@ -188,6 +188,8 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
+  // Gradients need a mean that is a value where one key has all of the weight: a largest weight of 1 is not rounded.
+  const bool for_gradients = args.kv != nullptr && args.share_pieces == 0;
   // Whether no exponent of the head is far above c; whether the head has just begun.
   bool is_bounded = false, is_fresh = true;
   const auto stage_of = [&](int i) { return memory.pool + i % Of::stages * Of::stage; };
@@ -262,7 +264,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         }
         rescale(kv, z, factor);
       }
-      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
+      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0 && !for_gradients) {
         // bfloat16 has room for what is not far above c, so that maxima need not be looked for any more.
         constexpr float room = 64;
         float bounds[2];
