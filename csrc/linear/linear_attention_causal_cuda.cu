@@ -41,13 +41,13 @@ struct Plan {
   static constexpr int items = query_groups + 1;
   static constexpr int stages = M == 128 ? 3 : 2;  // tiles of keys
   static constexpr int values = M == 64 ? 4 : M == 128 ? 6 : 3, queries = 2 * query_groups;
-  static constexpr int preparers = 2;  // warps of those who copy
+  static constexpr int preparers = 2;  // warps of those who copy; one more has keys, and one queries
   static constexpr int units = features + items * item + (stages + values + queries) * matrix;
   static constexpr int floats = (M + M / 2) * items + stages * rows + walkers - key_threads;
   static constexpr size_t bytes =
       16 * units + sizeof(float) * floats + 8 * (3 * items + 3 * stages + values + 2 * queries);
   static_assert(blocks * (bytes + 1024) <= 228 * 1024 && blocks * threads * registers <= 65536);
-  static_assert(64 * parts * key_groups == M && M % query_part == 0);
+  static_assert(64 * parts * key_groups == M && M % query_part == 0 && preparers + 2 == 4);
   static_assert(key_threads * key_registers + (walkers - key_threads) * query_registers + 128 * copy_registers <=
                 threads * registers);
 };

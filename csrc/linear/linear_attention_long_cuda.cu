@@ -17,7 +17,6 @@ namespace {
 constexpr int groups = 2, walkers = 128 * groups, threads = walkers + 128;
 constexpr int registers = 168, walk_registers = 232, copy_registers = 40;  // of a thread: at first, and then
 static_assert(walkers * walk_registers + 128 * copy_registers <= threads * registers);
-constexpr uint32_t row_bytes = 16 * pieces;
 
 // Of a place in the ring: its tile is there; the tile's biases are, too; it is no longer needed.
 struct Barriers {
@@ -139,6 +138,7 @@ __device__ __forceinline__ void start_projection(float (&s)[64], uint64_t a, uin
 // sums (= or +=) weights values, in the background.
 template <typename T, bool Add>
 __device__ __forceinline__ void start_values(float (&sums)[32], const uint32_t (&weights)[8][4], uint64_t values) {
+  constexpr uint32_t row_bytes = 16 * pieces;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     multiply<T, Inner::b>(sums, weights[n], further(values, n * 16 * row_bytes), Add || n > 0);
