@@ -90,19 +90,7 @@ __device__ __forceinline__ void barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(Number), "n"(Threads) : "memory");
 }
 
-// The same where the number is known at run time alone; the compiler then reserves all of a block's barriers.
-template <int Threads>
-__device__ __forceinline__ void barrier_sync(int number) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(Threads) : "memory");
-}
-
-// One of the barrier's threads arrives, and does not wait for the others.
-template <int Threads>
-__device__ __forceinline__ void barrier_arrive(int number) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(Threads) : "memory");
-}
-
-// Barrier Number, and whether any of its threads has x.
+// The same, and whether any of the threads has x.
 template <int Number, int Threads>
 __device__ __forceinline__ bool barrier_or(bool x) {
   uint32_t any;

@@ -145,25 +145,6 @@ struct Place {
   }
 };
 
-// A tile of a key head's queries: rows from 64 `row` on of one of its query heads; none past the last of these.
-struct QueryTile {
-  int head, row;
-
-  template <typename T>
-  __device__ __forceinline__ QueryTile(const Args<T>& args, int number) : head(0), row(number) {
-    move(args, 0);
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void move(const Args<T>& args, int tiles) {
-    row += tiles;
-    while (row >= args.row_tiles && head < args.queries) {
-      row -= args.row_tiles;
-      ++head;
-    }
-  }
-};
-
 template <typename T>
 __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int row) {
   return args.bias == nullptr ? 0 : args.bias[static_cast<int64_t>(h) * args.bias_h + row] * log2e;
@@ -185,32 +166,11 @@ bool whole_attention(Args<T> args, int multiprocessors, int device, cudaStream_t
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Squared norms of 16 rows by a warp: lane (g, t) = (lane / 4, lane % 4), with t = g / 2, has those of rows g and g
-// + 8. They are the diagonal of the rows' products with one another.
+// Squared norms of the projection's rows `feature` and 8 further, by the four threads t that have them. Exponents of
+// keys with a feature, scale w k - |scale k|^2 / 2, are at most |w|^2 / 2.
 template <typename T>
-__device__ __forceinline__ void find_norms(const uint4* rows, float (&norms)[2]) {
-  const int lane = threadIdx.x % 32;
-  const bool is_odd = lane / 4 % 2;
-  float low[4] = {}, high[4] = {};  // with rows 0 to 7, and with 8 to 15
-#pragma unroll
-  for (int n = 0; n < width / 16; ++n) {
-    uint32_t a[4];
-    load_matrices<false>(a, rows + piece(lane % 16, 2 * n + lane / 16));
-    multiply_warp<T>(low, a, a[0], a[2]);
-    multiply_warp<T>(high, a, a[1], a[3]);
-  }
-  norms[0] = is_odd ? low[1] : low[0];
-  norms[1] = is_odd ? high[3] : high[2];
-}
-
-// The largest exponents that keys can have with this thread's features: scale w k - |scale k|^2 / 2 is at most
-// |w|^2 / 2.
-template <typename T>
-__device__ __forceinline__ void find_bounds(const uint4* omega, float (&bounds)[2]) {
-  uint32_t thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // so that no address is made ahead, and kept
-  const int feature = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
-  float squares[2] = {0, 0};
+__device__ __forceinline__ void find_squares(const uint4* omega, int feature, int t, float (&squares)[2]) {
+  squares[0] = squares[1] = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -224,6 +184,15 @@ __device__ __forceinline__ void find_bounds(const uint4* omega, float (&bounds)[
     }
   }
   sum_of_four(squares);
+}
+
+// The largest exponents that keys can have with this thread's features.
+template <typename T>
+__device__ __forceinline__ void find_bounds(const uint4* omega, float (&bounds)[2]) {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // so that no address is made ahead, and kept
+  float squares[2];
+  find_squares<T>(omega, thread / 32 * 16 + thread % 32 / 4, thread % 4, squares);
   bounds[0] = squares[0] * (log2e / 2);
   bounds[1] = squares[1] * (log2e / 2);
 }

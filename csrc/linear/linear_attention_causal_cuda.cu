@@ -237,26 +237,6 @@ __device__ __forceinline__ void store_state(const Args<T>& args, const Tile& til
   }
 }
 
-// Whether exponents of this thread's two features are at most `room`: scale w k - |scale k|^2 / 2 is at most |w|^2 / 2.
-template <typename T>
-__device__ __forceinline__ bool is_bounded(const uint4* omega, int feature) {
-  float squares[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[8];
-      widen<T, 8>(x, *reinterpret_cast<const Vec<T, 8>*>(omega + piece(feature + 8 * i, 4 * half + threadIdx.x % 4)));
-#pragma unroll
-      for (float value : x) {
-        squares[i] = fmaf(value, value, squares[i]);
-      }
-    }
-  }
-  sum_of_four(squares);
-  return fmaxf(squares[0], squares[1]) * (log2e / 2) - shift <= room;
-}
-
 // Whether the maxima `next` over keys [begin, end) are out of reach for the first row that has a key.
 __device__ __forceinline__ bool is_far(const float (&s)[32], const float (&c)[2], const float (&next)[2],
                                        const float* key_bias, int begin, int end) {
@@ -475,7 +455,9 @@ __device__ __forceinline__ void walk_keys(const Args<T>& args, const Memory<Of>&
       const int row = feature + 64 * part;
       load_state<Of::M>(args, tile, share.number, row, kv[part], z[part], c[part]);
       bias[part] = t < 2 ? 2 * feature_bias(args, tile.h(args), row + 8 * t) : 0;
-      bounded = is_bounded<T>(memory.omega, row) && bounded;
+      float squares[2];
+      find_squares<T>(memory.omega, row, t, squares);
+      bounded = fmaxf(squares[0], squares[1]) * (log2e / 2) - shift <= room && bounded;
     }
     const int last = i + tile.left(args), until = min(last, share.count);
     for (int begin = 0, end = Of::rows; i < until;) {

@@ -156,6 +156,24 @@ struct KeyCopies {
   }
 };
 
+// Squared norms of 16 rows by a warp: lane (g, t) = (lane / 4, lane % 4), with t = g / 2, has those of rows g and g
+// + 8. They are the diagonal of the rows' products with one another.
+template <typename T>
+__device__ __forceinline__ void find_norms(const uint4* rows, float (&norms)[2]) {
+  const int lane = threadIdx.x % 32;
+  const bool is_odd = lane / 4 % 2;
+  float low[4] = {}, high[4] = {};  // with rows 0 to 7, and with 8 to 15
+#pragma unroll
+  for (int n = 0; n < width / 16; ++n) {
+    uint32_t a[4];
+    load_matrices<false>(a, rows + piece(lane % 16, 2 * n + lane / 16));
+    multiply_warp<T>(low, a, a[0], a[2]);
+    multiply_warp<T>(high, a, a[1], a[3]);
+  }
+  norms[0] = is_odd ? low[1] : low[0];
+  norms[1] = is_odd ? high[3] : high[2];
+}
+
 // The exponents that keys add to their projections, for 16 keys that this warp has copied.
 template <typename T>
 __device__ __forceinline__ void fill_key_bias(const Args<T>& args, const uint4* k, int b, int first, float* to) {
@@ -300,6 +318,25 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
 }
 
+// A tile of a key head's queries: rows from 64 `row` on of one of its query heads; none past the last of these.
+struct QueryTile {
+  int head, row;
+
+  template <typename T>
+  __device__ __forceinline__ QueryTile(const Args<T>& args, int number) : head(0), row(number) {
+    move(args, 0);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void move(const Args<T>& args, int tiles) {
+    row += tiles;
+    while (row >= args.row_tiles && head < args.queries) {
+      row -= args.row_tiles;
+      ++head;
+    }
+  }
+};
+
 // This block's tiles of queries, one of a head for each warpgroup at a time; a ring of them in shared memory.
 template <typename Of, typename T>
 struct Queries {
@@ -413,17 +450,7 @@ struct Queries {
                threadIdx.x % 4 * 8;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float inverse = __fdividef(1, sum_of_four(total[i]));
-          float low[8], high[8];
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            low[j] = sums[j / 2 * 4 + 2 * i + j % 2] * inverse;
-            high[j] = sums[16 + j / 2 * 4 + 2 * i + j % 2] * inverse;
-          }
-          if (row + 8 * i < args.L) {
-            store<T, 8>(y + 8 * i * width, narrow<T, 8>(low));
-            store<T, 8>(y + 8 * i * width + 32, narrow<T, 8>(high));
-          }
+          store_row(y + 8 * i * width, sums, i, __fdividef(1, sum_of_four(total[i])), row + 8 * i < args.L);
         }
       }
       tile.move(args, Of::groups);

@@ -50,6 +50,22 @@ __device__ __forceinline__ void project(float (&c)[R], const uint4* a, const uin
   products_end();
 }
 
+// Row i of a thread's two of a product with values, to where its first columns go: a value's neighbour in memory is in
+// the column that the tensor cores have next.
+template <typename T>
+__device__ __forceinline__ void store_row(T* to, const float (&sums)[32], int i, float factor, bool is_inside) {
+  float low[8], high[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    low[j] = sums[j / 2 * 4 + 2 * i + j % 2] * factor;
+    high[j] = sums[16 + j / 2 * 4 + 2 * i + j % 2] * factor;
+  }
+  if (is_inside) {
+    store<T, 8>(to, narrow<T, 8>(low));
+    store<T, 8>(to + 32, narrow<T, 8>(high));
+  }
+}
+
 __device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], const float (&factor)[2]) {
 #pragma unroll
   for (int n = 0; n < 32; ++n) {

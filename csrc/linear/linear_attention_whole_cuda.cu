@@ -394,17 +394,7 @@ struct Queries {
       products_wait(sums);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float inverse = reciprocal_approximate(total[i]);
-        float low[8], high[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          low[j] = sums[j / 2 * 4 + 2 * i + j % 2] * inverse;
-          high[j] = sums[16 + j / 2 * 4 + 2 * i + j % 2] * inverse;
-        }
-        if (row + 8 * i < args.L) {
-          store<T, 8>(y + 8 * i * width, narrow<T, 8>(low));
-          store<T, 8>(y + 8 * i * width + 32, narrow<T, 8>(high));
-        }
+        store_row(y + 8 * i * width, sums, i, reciprocal_approximate(total[i]), row + 8 * i < args.L);
       }
       row += step * Of::rows;
       y += step * Of::rows * width;
