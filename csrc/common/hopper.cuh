@@ -82,6 +82,15 @@ __device__ __forceinline__ float2 unpack(uint32_t x) {
   }
 }
 
+template <typename T>
+__device__ __forceinline__ float sum_of_pair(uint32_t x) {
+  const float2 pair = unpack<T>(x);
+  return pair.x + pair.y;
+}
+
+// What fill_ones fills, in units of 16 bytes: 16 rows, of which the tensor cores see 8 columns.
+constexpr int slab_of_ones = 16 * 8;
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Barrier Number of a block, from 1 on, for Threads of its threads.
@@ -250,13 +259,30 @@ __device__ __forceinline__ uint64_t operand(const void* p, uint32_t slab = 16) {
   return address / 16 | static_cast<uint64_t>(slab / 16) << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
 
-// The operand that lies `bytes` further: no carry leaves the address, and the compiler is not to make room for one.
-__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+// No carry leaves the lower half, and the compiler is not to make room for one.
+__device__ __forceinline__ uint64_t add_to_lower(uint64_t operand, uint32_t x) {
   uint64_t y;
   asm("mov.b64 %0, {%1, %2};"
       : "=l"(y)
-      : "r"(static_cast<uint32_t>(operand) + bytes / 16), "r"(static_cast<uint32_t>(operand >> 32)));
+      : "r"(static_cast<uint32_t>(operand) + x), "r"(static_cast<uint32_t>(operand >> 32)));
   return y;
+}
+
+// The operand that lies `bytes` further.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+  return add_to_lower(operand, bytes / 16);
+}
+
+// The same where the slab, behind all of it, stays where it is.
+__device__ __forceinline__ uint64_t further_to_slab(uint64_t operand, uint32_t bytes) {
+  return add_to_lower(operand, bytes / 16 - (bytes / 16 << 16));
+}
+
+// Rows of the inner index, and their sums' slab. Of a cluster's shared memory, an address has the block's number above
+// its lower 18 bits, where the slab's distance goes.
+__device__ __forceinline__ uint64_t operand_with_ones(const uint4* rows, const uint4* ones) {
+  constexpr uint64_t block = 0x3fff << 14;
+  return (operand(rows, 0) & ~block) | static_cast<uint64_t>(ones - rows) << 16;
 }
 
 // Before the first product, and where other instructions have written a product's registers.
@@ -278,6 +304,15 @@ __device__ __forceinline__ void products_wait(float (&c)[R]) {
   }
 }
 
+template <int N = 0, int R, int S>
+__device__ __forceinline__ void products_wait(float (&c)[R], float (&d)[S]) {
+  products_wait<N>(c);
+#pragma unroll
+  for (float& x : d) {
+    asm volatile("" : "+f"(x)::"memory");
+  }
+}
+
 // clang-format off
 #define FASTRPE_REGISTERS_64                                                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                   \
@@ -288,6 +323,9 @@ __device__ __forceinline__ void products_wait(float (&c)[R]) {
   "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]),                                       \
   "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]),                                       \
   "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+#define FASTRPE_REGISTERS_72 FASTRPE_REGISTERS_64 ", %32, %33, %34, %35"
+#define FASTRPE_OUTPUTS_72                                                                                            \
+  FASTRPE_OUTPUTS_64, "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
 #define FASTRPE_REGISTERS_128                                                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                   \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "                   \
@@ -320,6 +358,9 @@ __device__ __forceinline__ void products_wait(float (&c)[R]) {
                 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 #define FASTRPE_FRAGMENT_128(TYPE, TRANSPOSE)                                                                         \
   FASTRPE_WGMMA(128, TYPE, "{%64, %65, %66, %67}", "%68", "%69", TRANSPOSE,                                           \
+                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+#define FASTRPE_FRAGMENT_72(TYPE, TRANSPOSE)                                                                          \
+  FASTRPE_WGMMA(72, TYPE, "{%36, %37, %38, %39}", "%40", "%41", TRANSPOSE,                                            \
                 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 // clang-format on
 
@@ -378,14 +419,38 @@ __device__ __forceinline__ void multiply(float (&c)[R], const uint32_t (&a)[4], 
 #undef FASTRPE_MULTIPLY
 }
 
+// The same with a 64-column b named in Inner, and the sums of a's rows (or of total and these): of row g in total[0],
+// of row g + 8 in total[2]. The slab of b is fill_ones'.
+template <typename T>
+__device__ __forceinline__ void multiply_and_sum(float (&c)[32], float (&total)[4], const uint32_t (&a)[4], uint64_t b,
+                                                 bool add) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FASTRPE_FRAGMENT_72("bf16", ", 1");
+  } else {
+    FASTRPE_FRAGMENT_72("f16", ", 1");
+  }
+}
+
+// `to` is aligned to 1024 bytes.
+template <typename T>
+__device__ __forceinline__ void fill_ones(uint4* to) {
+  const uint32_t one = pack<T>(1, 1);
+  for (int n = threadIdx.x; n < slab_of_ones; n += blockDim.x) {
+    to[n] = {one, one, one, one};
+  }
+}
+
 #undef FASTRPE_FRAGMENT_128
 #undef FASTRPE_FRAGMENT_64
+#undef FASTRPE_FRAGMENT_72
 #undef FASTRPE_MEMORY_128
 #undef FASTRPE_MEMORY_64
 #undef FASTRPE_OUTPUTS_128
 #undef FASTRPE_OUTPUTS_64
+#undef FASTRPE_OUTPUTS_72
 #undef FASTRPE_REGISTERS_128
 #undef FASTRPE_REGISTERS_64
+#undef FASTRPE_REGISTERS_72
 #undef FASTRPE_WGMMA
 #endif
 

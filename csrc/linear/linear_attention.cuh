@@ -297,7 +297,7 @@ __device__ __forceinline__ void fill_bias(const Args<T>& args, uint4* k, uint4* 
   }
 }
 
-// A thread's share of the sums over a head's keys, to this block's slot.
+// A thread's share of the sums over a head's keys, to this block's slot; z and c are its two features'.
 template <int M, typename T>
 __device__ __forceinline__ void store_part(const Args<T>& args, int head, const float (&kv)[32], const float (&z)[2],
                                            const float (&c)[2]) {
@@ -311,9 +311,8 @@ __device__ __forceinline__ void store_part(const Args<T>& args, int head, const 
       *reinterpret_cast<float2*>(args.part_kv + row * width + 8 * j + 2 * t) = {kv[4 * j + 2 * i],
                                                                                 kv[4 * j + 2 * i + 1]};
     }
-    const float sum = sum_of_four(z[i]);
     if (t == 0) {
-      args.part_z[row] = sum;
+      args.part_z[row] = z[i];
       args.part_c[row] = c[i];
     }
   }

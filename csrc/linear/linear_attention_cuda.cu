@@ -71,9 +71,9 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// sums (= or +=) 2^(s - top) values, in the background, and total += the weights; `values` has a row for each column of
-// s.
-template <typename T, int R>
+// sums (= or +=) 2^(s - top) values, in the background, and total += the weights, as they are rounded if so; `values`
+// has a row for each column of s.
+template <typename T, bool Rounded, int R>
 __device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2], const float (&s)[R],
                                            const float (&top)[2], const uint4* values, bool add) {
   const uint64_t of_values = operand(values);
@@ -84,8 +84,8 @@ __device__ __forceinline__ void add_values(float (&sums)[32], float (&total)[2],
     for (int m = 0; m < 4; ++m) {
       const float x = exp2_approximate(s[8 * n + 2 * m] - top[m % 2]);
       const float y = exp2_approximate(s[8 * n + 2 * m + 1] - top[m % 2]);
-      total[m % 2] += x + y;
       weights[n][m] = pack<T>(x, y);
+      total[m % 2] += Rounded ? sum_of_pair<T>(weights[n][m]) : x + y;
     }
   }
   products_begin();
@@ -206,8 +206,6 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
   }
   KeyCopies<Of, T> copies(args, at);
   int first = copies.first;  // of the products' tile
-  // Gradients need a mean that is a value where one key has all of the weight: a largest weight of 1 is not rounded.
-  const bool for_gradients = args.kv != nullptr && args.share_pieces == 0;
   // Whether no exponent of the head is far above c; whether the head has just begun.
   bool is_bounded = false, is_fresh = true;
   const auto stage_of = [&](int i) { return memory.pool + i % Of::stages * Of::stage; };
@@ -282,7 +280,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
         }
         rescale(kv, z, factor);
       }
-      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0 && !for_gradients) {
+      if (std::is_same_v<T, BFloat16> && is_fresh && args.norm != 0) {
         // bfloat16 has room for what is not far above c, so that maxima need not be looked for any more.
         constexpr float room = 64;
         float bounds[2];
@@ -291,7 +289,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       }
       is_fresh = false;
     }
-    add_values<T>(kv, z, s, c, stage + Of::stage / 2, true);
+    add_values<T, true>(kv, z, s, c, stage + Of::stage / 2, true);
     const int head = at.head;
     first += Of::keys;
     const bool is_end = first >= args.S || i == count - 1;
@@ -305,6 +303,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
     }
     products_wait(kv);
     if (is_end) {
+      sum_of_four(z);
       store_part<Of::M>(args, head, kv, z, c);
       is_bounded = false;
       is_fresh = true;
@@ -442,7 +441,7 @@ struct Queries {
           if (from > 0) {
             rescale(sums, total, {exp2_approximate(old[0] - top[0]), exp2_approximate(old[1] - top[1])});
           }
-          add_values<T>(sums, total, s, top, means + from * pieces, from > 0);
+          add_values<T, false>(sums, total, s, top, means + from * pieces, from > 0);
           products_wait(sums);
         }
         const int row = tile.row * Of::rows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;

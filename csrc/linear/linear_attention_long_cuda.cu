@@ -34,7 +34,7 @@ struct KeyPlan {
   static constexpr int stages = 6;     // tiles
   static constexpr int preparers = 3;  // warps
   static constexpr size_t bytes =
-      16 * (features + stages * stage) + sizeof(float) * stages * keys + sizeof(Barriers) * stages;
+      16 * (features + stages * stage + slab_of_ones) + sizeof(float) * stages * keys + sizeof(Barriers) * stages;
   static_assert(M == 64 * groups && stages % preparers == 0 && bytes + 1024 <= 228 * 1024);
 };
 
@@ -45,28 +45,29 @@ struct QueryPlan {
   static constexpr int rows = 64;  // queries of a tile
   static constexpr int matrix = rows * pieces;
   static constexpr int stages = 16;
-  static constexpr size_t bytes =
-      16 * (4 * features + stages * matrix) + sizeof(float) * (2 * M + 4 + stages) + sizeof(uint64_t) * 2 * stages;
+  static constexpr size_t bytes = 16 * (4 * features + stages * matrix + slab_of_ones) +
+                                  sizeof(float) * (2 * M + 4 + stages) + sizeof(uint64_t) * 2 * stages;
   static_assert(M == 128 && stages == 16 && bytes + 1024 <= 228 * 1024);
 };
 
 template <typename Of>
 struct KeyMemory {
-  uint4 *omega, *stages;
+  uint4 *omega, *stages, *ones;
   float* key_bias;
   Barriers* barriers;
 
   __device__ __forceinline__ explicit KeyMemory(char* at)
       : omega(reinterpret_cast<uint4*>(at)),
         stages(omega + Of::features),
-        key_bias(reinterpret_cast<float*>(stages + Of::stages * Of::stage)),
+        ones(stages + Of::stages * Of::stage),
+        key_bias(reinterpret_cast<float*>(ones + slab_of_ones)),
         barriers(reinterpret_cast<Barriers*>(key_bias + Of::stages * Of::keys)) {}
 };
 
 // Two projections and sets of means and exponents, of neighbouring heads.
 template <typename Of>
 struct QueryMemory {
-  uint4 *omega, *means, *ring;
+  uint4 *omega, *means, *ring, *ones;
   float* exponents;
   uint32_t *feature_norms, *norms;  // the largest squared ones of 32 features, and of a tile's queries
   uint64_t *landed, *left;          // a tile is there; it is no longer needed
@@ -75,7 +76,8 @@ struct QueryMemory {
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + 2 * Of::features),
         ring(means + 2 * Of::features),
-        exponents(reinterpret_cast<float*>(ring + Of::stages * Of::matrix)),
+        ones(ring + Of::stages * Of::matrix),
+        exponents(reinterpret_cast<float*>(ones + slab_of_ones)),
         feature_norms(reinterpret_cast<uint32_t*>(exponents + 2 * Of::M)),
         norms(feature_norms + 4),
         landed(reinterpret_cast<uint64_t*>(norms + Of::stages)),
@@ -135,32 +137,32 @@ __device__ __forceinline__ void start_projection(float (&s)[64], uint64_t a, uin
   products_end();
 }
 
-// sums (= or +=) weights values, in the background.
+// sums (= or +=) weights values, and total the weights, in the background.
 template <typename T, bool Add>
-__device__ __forceinline__ void start_values(float (&sums)[32], const uint32_t (&weights)[8][4], uint64_t values) {
+__device__ __forceinline__ void start_values(float (&sums)[32], float (&total)[4], const uint32_t (&weights)[8][4],
+                                             uint64_t values) {
   constexpr uint32_t row_bytes = 16 * pieces;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    multiply<T, Inner::b>(sums, weights[n], further(values, n * 16 * row_bytes), Add || n > 0);
+    multiply_and_sum<T>(sums, total, weights[n], further_to_slab(values, n * 16 * row_bytes), Add || n > 0);
   }
   products_end();
 }
 
-// A half of s becomes the weights 2^(s - top); total += what they add up to.
+// A half of s becomes the weights 2^(s - top).
 template <int Half>
-__device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2], float (&total)[2]) {
+__device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2]) {
 #pragma unroll
   for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
     float &x = s[2 * n], &y = s[2 * n + 1];
     x = exp2_approximate(x - top[n % 2]);
     y = exp2_approximate(y - top[n % 2]);
-    total[n % 2] += x + y;
   }
 }
 
 // The same of a projection, with what columns add, and without a largest.
 template <int Half>
-__device__ __forceinline__ void weigh_half(float (&s)[64], float scale, const float* exponents, float (&total)[2]) {
+__device__ __forceinline__ void weigh_half(float (&s)[64], float scale, const float* exponents) {
   const float2* pairs = reinterpret_cast<const float2*>(exponents) + threadIdx.x % 4;
 #pragma unroll
   for (int n = 16 * Half; n < 16 * Half + 16; ++n) {
@@ -168,7 +170,6 @@ __device__ __forceinline__ void weigh_half(float (&s)[64], float scale, const fl
     float &x = s[2 * n], &y = s[2 * n + 1];
     x = exp2_approximate(fmaf(x, scale, e.x));
     y = exp2_approximate(fmaf(y, scale, e.y));
-    total[n % 2] += x + y;
   }
 }
 
@@ -260,15 +261,15 @@ struct KeySums {
   const uint64_t of_omega, all_keys, all_values;
   int before = 0, now = 0;  // stages
   Turn<Of::stages> next;
-  float kv[32], z[2], c[2];
-  uint32_t weights[8][4];  // of the tile before
+  float kv[32], z[4], c[2];  // z[1] and z[3] are z[0] and z[2]
+  uint32_t weights[8][4];    // of the tile before
 
   __device__ __forceinline__ KeySums(const Args<T>& args, const KeyMemory<Of>& memory)
       : args(args),
         memory(memory),
         of_omega(operand(memory.omega + warpgroup() * 64 * pieces)),
         all_keys(operand(memory.stages)),
-        all_values(operand(memory.stages + Of::matrix)) {}
+        all_values(operand_with_ones(memory.stages + Of::matrix, memory.ones)) {}
 
   __device__ __forceinline__ void move() {
     before = now;
@@ -285,7 +286,7 @@ struct KeySums {
   }
 
   __device__ __forceinline__ void add_values(int stage) {
-    start_values<T, true>(kv, weights, further(all_values, stage * (16 * Of::stage)));
+    start_values<T, true>(kv, z, weights, further_to_slab(all_values, stage * (16 * Of::stage)));
   }
 
   __device__ __forceinline__ void begin_next(float (&s)[64]) {
@@ -306,9 +307,9 @@ struct KeySums {
   template <bool Bounded, int Half>
   __device__ __forceinline__ void weigh_half(float (&s)[64]) {
     if constexpr (Bounded) {
-      linear::weigh_half<Half>(s, args.scale, memory.key_bias + now * Of::keys, z);
+      linear::weigh_half<Half>(s, args.scale, memory.key_bias + now * Of::keys);
     } else {
-      linear::weigh_half<Half>(s, c, z);
+      linear::weigh_half<Half>(s, c);
     }
   }
 
@@ -335,18 +336,18 @@ struct KeySums {
         const float next = grows ? fmaxf(c[n], top[n]) : c[n];
         factor[n] = exp2_approximate(c[n] - next);
         c[n] = next;
-        z[n] *= factor[n];
       }
     }
     weigh_half<Bounded, 0>(s);
     pin(s);
-    products_wait<Last ? 0 : 1>(kv);
+    products_wait<Last ? 0 : 1>(kv, z);
     barrier_arrive(&memory.barriers[before].left);
     round_half<0, T>(weights, s);
     weigh_half<Bounded, 1>(s);
     round_half<1, T>(weights, s);
     if (!Bounded && grows) {
       rescale(kv, factor);
+      rescale(z, factor);
     }
     if constexpr (!Last) {
       move();
@@ -367,9 +368,8 @@ struct KeySums {
     for (float& x : kv) {
       x = 0;
     }
-    z[0] = z[1] = 0;
     c[0] = c[1] = empty;
-    store_part<Of::M>(args, head, kv, z, c);
+    store_part<Of::M>(args, head, kv, {0, 0}, c);
   }
 
   // The sums over a head's next `count` tiles, to this block's slot.
@@ -378,16 +378,14 @@ struct KeySums {
     for (float& x : kv) {
       x = 0;
     }
-    z[0] = z[1] = 0;
+    z[0] = z[1] = z[2] = z[3] = 0;
     float a[64], b[64];
     begin_next(a);
     products_wait(a);
     float top[2];
     find_exponents(a, top);
-    // Gradients need a mean that is a value where one key has all of the weight: a largest weight of 1 is not rounded.
-    const bool for_gradients = args.kv != nullptr && args.share_pieces == 0;
     // The warps of a warpgroup take the same way, since they start products together.
-    bool is_far = args.norm == 0 || for_gradients || need_largest<T>(memory.omega, top);
+    bool is_far = args.norm == 0 || need_largest<T>(memory.omega, top);
     if (threadIdx.x < 128) {
       is_far = barrier_or<1, 128>(is_far);
     } else {
@@ -412,9 +410,9 @@ struct KeySums {
     }
     products_begin();
     add_values(now);
-    products_wait(kv);
+    products_wait(kv, z);
     barrier_arrive(&memory.barriers[now].left);
-    store_part<Of::M>(args, head, kv, z, c);
+    store_part<Of::M>(args, head, kv, {z[0], z[2]}, c);
   }
 };
 
@@ -507,7 +505,7 @@ struct QueryRows {
   bool is_bounded;  // the next tile
   int first;        // of the rows of the tile before the last
   T* y;             // where this thread's go
-  float sums[32], total[2];
+  float sums[32], total[4];
   uint32_t weights[8][4];
 
   __device__ __forceinline__ QueryRows(const Args<T>& args, const QueryMemory<Of>& memory, int group)
@@ -539,11 +537,11 @@ struct QueryRows {
   }
 
   template <bool Bounded, int Half>
-  __device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2], float (&total)[2]) const {
+  __device__ __forceinline__ void weigh_half(float (&s)[64], const float (&top)[2]) const {
     if constexpr (Bounded) {
-      linear::weigh_half<Half>(s, args.scale, exponents, total);
+      linear::weigh_half<Half>(s, args.scale, exponents);
     } else {
-      linear::weigh_half<Half>(s, top, total);
+      linear::weigh_half<Half>(s, top);
     }
   }
 
@@ -562,30 +560,28 @@ struct QueryRows {
     }
     end_projection(s);
     products_begin();
-    start_values<T, false>(sums, weights, of_means);
+    start_values<T, false>(sums, total, weights, of_means);
     if constexpr (!Last) {
       project_next(ahead);
     }
-    float top[2], sum[2] = {0, 0};
+    float top[2];
     if constexpr (!Bounded) {
       find_top(s, top);
     }
-    weigh_half<Bounded, 0>(s, top, sum);
+    weigh_half<Bounded, 0>(s, top);
     pin(s);
-    products_wait<Last ? 0 : 1>(sums);
+    products_wait<Last ? 0 : 1>(sums, total);
     store_rows();
     round_half<0, T>(weights, s);
-    weigh_half<Bounded, 1>(s, top, sum);
+    weigh_half<Bounded, 1>(s, top);
     round_half<1, T>(weights, s);
-    total[0] = sum[0];
-    total[1] = sum[1];
   }
 
   // Of the tile before.
   __device__ __forceinline__ void store_rows() const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float inverse = reciprocal_approximate(sum_of_four(total[i]));
+      const float inverse = reciprocal_approximate(total[2 * i]);
       float low[8], high[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -640,7 +636,7 @@ struct QueryRows {
     const float norm = __uint_as_float(__reduce_max_sync(~0u, memory.feature_norms[lane % 4]));
     bound = __shfl_sync(~0u, query_bound(args.scale, norm), 0);
     of_omega = operand(memory.omega + set * Of::features);
-    of_means = operand(memory.means + set * Of::features);
+    of_means = operand_with_ones(memory.means + set * Of::features, memory.ones);
     exponents = to;
     barrier_sync<1, walkers>();
   }
@@ -655,9 +651,8 @@ struct QueryRows {
     begin_next(a);
     end_projection(a);
     find_top(a, top);
-    total[0] = total[1] = 0;
-    weigh_half<false, 0>(a, top, total);
-    weigh_half<false, 1>(a, top, total);
+    weigh_half<false, 0>(a, top);
+    weigh_half<false, 1>(a, top);
     round_half<0, T>(weights, a);
     round_half<1, T>(weights, a);
     if (count > 1) {
@@ -675,8 +670,8 @@ struct QueryRows {
     }
     move();
     products_begin();
-    start_values<T, false>(sums, weights, of_means);
-    products_wait(sums);
+    start_values<T, false>(sums, total, weights, of_means);
+    products_wait(sums, total);
     store_rows();
   }
 };
@@ -702,6 +697,8 @@ __global__ void __launch_bounds__(threads, 1)
     }
     barriers_visible();
   }
+  fill_ones<T>(memory.ones);
+  copies_visible();
   __syncthreads();
   if (threadIdx.x >= walkers) {
     change_registers<registers, copy_registers>();
@@ -753,6 +750,8 @@ __global__ void __launch_bounds__(threads, 1) many_queries_kernel(const Args<T> 
       barrier_prepare(memory.left + i, 128 / 32);  // of the warpgroup that has had it
     }
   }
+  fill_ones<T>(memory.ones);
+  copies_visible();
   __syncthreads();
   if (threadIdx.x >= walkers) {
     change_registers<registers, copy_registers>();

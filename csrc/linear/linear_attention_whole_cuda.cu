@@ -29,13 +29,13 @@ struct Plan {
   static constexpr int barriers = stages + groups * ring;
   static constexpr int floats = M + 2 * keys + threads / 32;
   static constexpr size_t bytes =
-      16 * (2 * features + stages * stage) + sizeof(float) * floats + sizeof(uint64_t) * barriers;
+      16 * (2 * features + stages * stage + slab_of_ones) + sizeof(float) * floats + sizeof(uint64_t) * barriers;
   static_assert(2 * groups * tile == stage && floats % 2 == 0 && blocks * (bytes + 1024) <= 228 * 1024);
 };
 
 template <typename Of>
 struct Memory {
-  uint4 *omega, *means, *stages;
+  uint4 *omega, *means, *stages, *ones;
   float *exponents, *key_bias;  // biases of two tiles
   uint32_t* norms;              // the bits of the projection's largest squared ones, of each warp
   uint64_t *keys_landed, *queries_landed;
@@ -44,7 +44,8 @@ struct Memory {
       : omega(reinterpret_cast<uint4*>(at)),
         means(omega + Of::features),
         stages(means + Of::features),
-        exponents(reinterpret_cast<float*>(stages + Of::stages * Of::stage)),
+        ones(stages + Of::stages * Of::stage),
+        exponents(reinterpret_cast<float*>(ones + slab_of_ones)),
         key_bias(exponents + Of::M),
         norms(reinterpret_cast<uint32_t*>(key_bias + 2 * Of::keys)),
         keys_landed(reinterpret_cast<uint64_t*>(norms + Of::threads / 32)),
@@ -67,16 +68,15 @@ struct Part {
   }
 };
 
-// Half of what s becomes: weights 2^s, or 2^(s - top); total += them.
+// Half of what s becomes: weights 2^s, or 2^(s - top).
 template <typename T, int Half, int R>
-__device__ __forceinline__ void weigh_half(uint32_t (&weights)[R / 16][4], float (&total)[2], const float (&s)[R],
-                                           const float (&top)[2], bool is_bounded) {
+__device__ __forceinline__ void weigh_half(uint32_t (&weights)[R / 16][4], const float (&s)[R], const float (&top)[2],
+                                           bool is_bounded) {
   const auto each = [&](auto&& exponent) {
 #pragma unroll
     for (int n = 0; n < R / 4; ++n) {
       const int at = Half * (R / 2) + 2 * n;
       const float x = exp2_approximate(exponent(s[at], n % 2)), y = exp2_approximate(exponent(s[at + 1], n % 2));
-      total[n % 2] += x + y;
       weights[n / 4][n % 4] = pack<T>(x, y);
     }
   };
@@ -88,27 +88,28 @@ __device__ __forceinline__ void weigh_half(uint32_t (&weights)[R / 16][4], float
 }
 
 template <typename T, int N>
-__device__ __forceinline__ void start_values(float (&sums)[32], const uint32_t (&weights)[N][4], uint64_t values,
-                                             bool add) {
+__device__ __forceinline__ void start_values(float (&sums)[32], float (&total)[4], const uint32_t (&weights)[N][4],
+                                             uint64_t values, bool add) {
   products_begin();
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    multiply<T, Inner::b>(sums, weights[n], further(values, n * 16 * 16 * pieces), add || n > 0);
+    multiply_and_sum<T>(sums, total, weights[n], further_to_slab(values, n * 16 * 16 * pieces), add || n > 0);
   }
   products_end();
 }
 
-// sums (= or +=) weights values, in the background, those of the first half while the second half's weights are made;
-// total += the weights. `values` has a row for each column of s.
+// sums (= or +=) weights values, and total the weights, in the background, those of the first half while the second
+// half's weights are made. `values` has a row for each column of s.
 template <typename T, int R>
-__device__ __forceinline__ void add_by_halves(float (&sums)[32], float (&total)[2], const float (&s)[R],
-                                              const float (&top)[2], bool is_bounded, const uint4* values, bool add) {
-  const uint64_t of_values = operand(values);
+__device__ __forceinline__ void add_by_halves(float (&sums)[32], float (&total)[4], const float (&s)[R],
+                                              const float (&top)[2], bool is_bounded, const uint4* values,
+                                              const uint4* ones, bool add) {
+  const uint64_t of_values = operand_with_ones(values, ones);
   uint32_t low[R / 16][4], high[R / 16][4];
-  weigh_half<T, 0>(low, total, s, top, is_bounded);
-  start_values<T>(sums, low, of_values, add);
-  weigh_half<T, 1>(high, total, s, top, is_bounded);
-  start_values<T>(sums, high, further(of_values, R * 16 * pieces), true);
+  weigh_half<T, 0>(low, s, top, is_bounded);
+  start_values<T>(sums, total, low, of_values, add);
+  weigh_half<T, 1>(high, s, top, is_bounded);
+  start_values<T>(sums, total, high, further_to_slab(of_values, R * 16 * pieces), true);
 }
 
 // A part's keys and values, tile by tile; the last lies in the first stage.
@@ -161,14 +162,14 @@ struct Keys {
 // stage is free.
 template <typename Of, typename T, typename Last>
 __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& memory, const Part& part,
-                                         const CUtensorMap& k, const CUtensorMap& v, float (&kv)[32], float (&z)[2],
+                                         const CUtensorMap& k, const CUtensorMap& v, float (&kv)[32], float (&z)[4],
                                          float (&c)[2], Last&& last) {
   const Keys<Of, T> tiles{args, memory, part};
 #pragma unroll
   for (float& x : kv) {
     x = 0;
   }
-  z[0] = z[1] = 0;
+  z[0] = z[1] = z[2] = z[3] = 0;
   c[0] = c[1] = empty;
   if (part.key_tiles == 0) {
     last();
@@ -198,9 +199,7 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
       float top[2] = {masked, masked};
       find_largest(s, top);
       largest_of_four(top);
-      // Gradients need a mean that is a value where one key has all of the weight: a largest weight of 1 is not
-      // rounded.
-      if (std::is_same_v<T, BFloat16> && i == 0 && args.norm != 0 && args.kv == nullptr) {
+      if (std::is_same_v<T, BFloat16> && i == 0 && args.norm != 0) {
         is_bounded = !__any_sync(~0u, need_largest<T>(memory.omega, top));
       }
       if (is_bounded) {
@@ -213,11 +212,12 @@ __device__ __forceinline__ void sum_keys(const Args<T>& args, const Memory<Of>& 
           factor[n] = exp2_approximate(c[n] - next);
           c[n] = next;
         }
-        rescale(kv, z, factor);
+        rescale(kv, factor);
+        rescale(z, factor);
       }
     }
-    add_by_halves<T>(kv, z, s, c, is_bounded, place + Of::matrix, true);
-    products_wait(kv);
+    add_by_halves<T>(kv, z, s, c, is_bounded, place + Of::matrix, memory.ones, true);
+    products_wait(kv, z);
   }
 }
 
@@ -286,7 +286,6 @@ template <typename Of, typename T>
 __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>& memory, const Part& part,
                                            const float (&kv)[32], const float (&z)[2], const float (&c)[2]) {
   const int t = threadIdx.x % 4, feature = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const float total[2] = {sum_of_four(z[0]), sum_of_four(z[1])};
   const auto each = [&](auto&& take) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -297,7 +296,7 @@ __device__ __forceinline__ void share_sums(const Args<T>& args, const Memory<Of>
         const int from = 16 * half + 4 * p + 2 * i;
         sums[p] = {kv[from], kv[from + 1]};
       }
-      take(feature + 8 * i, 4 * half + t, sums, total[i], c[i]);
+      take(feature + 8 * i, 4 * half + t, sums, z[i], c[i]);
     }
   };
   each([&](int row, int u, const float2(&sums)[4], float z, float c) {
@@ -376,7 +375,7 @@ struct Queries {
         warpgroup_sync(group);  // everyone has left the tile before
         start_copy(q, n - 1 + Of::ring);
       }
-      float s[Of::M / 2], sums[32], total[2] = {0, 0};
+      float s[Of::M / 2], sums[32], total[4];
       project<T>(s, place(n), memory.omega);
       bool is_bounded = false;
       if constexpr (std::is_same_v<T, BFloat16>) {
@@ -389,12 +388,11 @@ struct Queries {
         find_largest(s, top);
         largest_of_four(top);
       }
-      add_by_halves<T>(sums, total, s, top, is_bounded, memory.means, false);
-      sum_of_four(total);
-      products_wait(sums);
+      add_by_halves<T>(sums, total, s, top, is_bounded, memory.means, memory.ones, false);
+      products_wait(sums, total);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        store_row(y + 8 * i * width, sums, i, reciprocal_approximate(total[i]), row + 8 * i < args.L);
+        store_row(y + 8 * i * width, sums, i, reciprocal_approximate(total[2 * i]), row + 8 * i < args.L);
       }
       row += step * Of::rows;
       y += step * Of::rows * width;
@@ -419,6 +417,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
     }
     barriers_visible();
   }
+  fill_ones<T>(memory.ones);
   wait_for_previous();
   let_next_begin();
   // What is needed first comes first.
@@ -435,8 +434,9 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
     queries.start_copy(q, from);
     queries.start_copy(q, from + 1);
   };
-  float kv[32], z[2], c[2];
-  sum_keys(args, memory, part, k, v, kv, z, c, [&] { start_queries(0); });
+  float kv[32], sums[4], c[2];
+  sum_keys(args, memory, part, k, v, kv, sums, c, [&] { start_queries(0); });
+  float z[2] = {sums[0], sums[2]};
   if (part.count > 1) {
     add_other_half(memory, 1 - part.number, kv, z, c);
   }

@@ -19,8 +19,8 @@ def _is_hopper(device: int) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy, with every row in its own place, at a multiple of 16 bytes, of 16-bit values."""
+    """x, or a copy, with every row at a multiple of 16 bytes, of 16-bit values."""
     strides = x.stride()
-    if strides[-1] == 1 and 0 not in strides and gcd(*strides[:-1]) % 8 == 0 and x.data_ptr() % 16 == 0:
+    if strides[-1] == 1 and gcd(*strides[:-1]) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
