@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "shared.cuh"
@@ -33,7 +34,7 @@ struct Args {
   int row_tiles;                     // of L
   int key_tiles, query_steps;        // of a key head
   int key_tile;                      // keys of a tile
-  int parts;                         // with one launch: of a head
+  int wholes;                        // with one launch: the first heads, a block for each; two share each other one
   int key_blocks;                    // of the kernel for keys; when causal, shares
   int share_pieces;                  // when causal: of the keys between two shares' beginnings; otherwise 0
   int bias_h;
@@ -154,15 +155,22 @@ __device__ __forceinline__ float feature_bias(const Args<T>& args, int h, int ro
 template <typename T, int M>
 void head_attention(const Args<T>& args, int multiprocessors, int device, cudaStream_t stream);
 
-// Whether two blocks share each key head, since heads leave places free: either has a multiprocessor for itself, or
-// many tiles of keys.
-inline bool are_halved(int64_t heads, int64_t key_tiles, int64_t resident, int64_t multiprocessors) {
-  return key_tiles > 1 && 2 * heads <= resident * multiprocessors && (2 * heads <= multiprocessors || key_tiles >= 8);
+// Of how many heads a block takes all, the first ones, if two share each of the others where these leave places free:
+// either has a multiprocessor for itself, or many keys, M to a tile. With two places to a multiprocessor, a whole and a
+// half on each take less time than two wholes on some.
+template <int M>
+int whole_heads(int64_t heads, int64_t key_tiles, int64_t multiprocessors) {
+  constexpr int64_t resident = 256 / M;
+  const int64_t wholes = std::max(2 * heads - resident * multiprocessors, int64_t{0});
+  const bool has_room = wholes == 0 || (resident == 2 && wholes <= multiprocessors);
+  const bool pays = key_tiles * M > 384 || (2 * heads <= multiprocessors && key_tiles > 1);
+  return static_cast<int>(has_room && pays ? wholes : heads);
 }
 
-// Attention of M = 64 or 128 features with a block for each key head. False where q, k and v cannot be copied so.
+// Attention of M = 64 or 128 features with a block for each key head, or two. False where q, k and v cannot be copied
+// so.
 template <typename T, int M>
-bool whole_attention(Args<T> args, int multiprocessors, int device, cudaStream_t stream);
+bool whole_attention(Args<T> args, int device, cudaStream_t stream);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 

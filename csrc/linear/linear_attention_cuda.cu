@@ -556,10 +556,12 @@ __global__ void __launch_bounds__(128) add_parts_kernel(const Args<T> args) {
 // measured on an H100, equal shares take 10 / 7 as long for the same work, and their launches as long as 9 units on
 // every multiprocessor; the kernels for many tiles take 4 / 5 as long (on an H200; on an H100 they wait for memory),
 // and their launches as long as 140.
-bool takes_one_launch(int64_t heads, bool halved, int64_t work, int64_t resident, int64_t multiprocessors, bool many) {
+bool takes_one_launch(int64_t heads, int64_t wholes, int64_t work, int64_t resident, int64_t multiprocessors,
+                      bool many) {
   // Half of the time that blocks take on a multiprocessor is the same for any number that it has room for at once.
-  const int64_t blocks = ceil_div(halved ? 2 * heads : heads, multiprocessors);
-  const int64_t quarters = (blocks + std::max(blocks, resident)) * (halved ? 1 : 2);
+  const int64_t blocks = ceil_div(2 * heads - wholes, multiprocessors), most = ceil_div(wholes, multiprocessors);
+  const int64_t quarters =
+      blocks + std::max(blocks, resident) + (wholes < heads ? 2 * most : most + std::max(most, resident));
   return many ? 5 * quarters * work * multiprocessors <= 16 * (heads * work + 140 * multiprocessors)
               : 7 * quarters * work * multiprocessors <= 40 * (heads * work + 9 * multiprocessors);
 }
@@ -679,17 +681,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_cuda(
     if constexpr (F < 256) {
       const bool is_short = !causal && !need_state && H > 0 && L > 0 && L <= 64 && S > 0 && S <= 64;
       // These blocks wait less for one another than those below: alone, one takes as long as if there were room for 2.
-      if (is_short && takes_one_launch(heads, false, (1 + H / Hk) * (F / 64), 2, gpu.multiprocessors, false)) {
+      if (is_short && takes_one_launch(heads, heads, (1 + H / Hk) * (F / 64), 2, gpu.multiprocessors, false)) {
         head_attention<T, F>(args, gpu.multiprocessors, index, stream);
         return;
       }
       constexpr int groups = F / 64;  // warpgroups of a block, of four that a multiprocessor has room for
       const int key_tiles = ceil_div(S, F);
       const int64_t work = (key_tiles + ceil_div(row_tiles, groups)) * groups * groups;
-      const bool halved = are_halved(heads, key_tiles, 4 / groups, gpu.multiprocessors);
+      args.wholes = whole_heads<F>(heads, key_tiles, gpu.multiprocessors);
       if (!causal &&
-          takes_one_launch(heads, halved, work, 4 / groups, gpu.multiprocessors, many_keys && many_queries) &&
-          whole_attention<T, F>(args, gpu.multiprocessors, index, stream)) {
+          takes_one_launch(heads, args.wholes, work, 4 / groups, gpu.multiprocessors, many_keys && many_queries) &&
+          whole_attention<T, F>(args, index, stream)) {
         return;
       }
     }

@@ -5,8 +5,9 @@
 
 // Attention of exponential features with a block for each key head, in one launch: a warpgroup for each 64 features
 // sums over all keys, then makes rows of queries, 64 at a time. What a head needs is copied by the copy engine, started
-// by one thread as soon as a place is free. Where heads leave multiprocessors idle, two blocks of
-// a cluster each take half of the keys, tell one another what they add up to, and take half of the queries.
+// by one thread as soon as a place is free. Where heads leave places for blocks free, two blocks of a cluster share
+// some heads, or all: each takes half of the keys, they tell one another what these add up to, and each takes half of
+// the queries.
 namespace fastrpe {
 namespace linear {
 namespace {
@@ -54,15 +55,19 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A head, and the part of it that is this block's: all of it, or half.
+// A head, and the part of it that is this block's: all of it, or half. Blocks begin in their order, the two of a
+// cluster on two multiprocessors, so that wholes spread before halves fill what is left.
 struct Part {
   Place at;
   int number, count;     // of the parts
   int first, key_tiles;  // of keys
 
   template <typename T>
-  __device__ __forceinline__ explicit Part(const Args<T>& args)
-      : at(args, this_block() / args.parts), number(this_block() % args.parts), count(args.parts) {
+  __device__ __forceinline__ explicit Part(const Args<T>& args) : Part(args, this_block() - args.wholes) {}
+
+  template <typename T>
+  __device__ __forceinline__ Part(const Args<T>& args, int half)
+      : at(args, args.wholes + (half < 0 ? half : half / 2)), number(half < 0 ? 0 : half % 2), count(half < 0 ? 1 : 2) {
     first = args.key_tiles * number / count;
     key_tiles = args.key_tiles * (number + 1) / count - first;
   }
@@ -419,7 +424,11 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
   }
   fill_ones<T>(memory.ones);
   wait_for_previous();
-  let_next_begin();
+  // The next kernel's blocks would take the first places that are free, not those that wholes are to have.
+  const bool is_mixed = args.wholes > 0 && args.wholes < args.heads;
+  if (!is_mixed) {
+    let_next_begin();
+  }
   // What is needed first comes first.
   keys.start_copy(k, v, 0);
   fill_projection<T, Of::M, Of::threads>(args.projection, part.at.h, memory.omega);
@@ -449,7 +458,7 @@ __global__ void __launch_bounds__(Of::threads, Of::blocks)
 }  // namespace
 
 template <typename T, int M>
-bool whole_attention(Args<T> args, int multiprocessors, int device, cudaStream_t stream) {
+bool whole_attention(Args<T> args, int device, cudaStream_t stream) {
   using Of = Plan<M>;
   const int64_t B = args.heads / args.Hk;
   CUtensorMap q, k, v;
@@ -458,17 +467,17 @@ bool whole_attention(Args<T> args, int multiprocessors, int device, cudaStream_t
     return false;
   }
   args.key_tiles = ceil_div(args.S, Of::keys);
-  args.parts = are_halved(args.heads, args.key_tiles, Of::blocks, multiprocessors) ? 2 : 1;
+  const int cluster = args.wholes < args.heads ? 2 : 1;
   const auto kernel = whole_head_kernel<T, Of>;
   allow_memory<Of>(kernel, device);
-  launch_clusters(kernel, args.parts, args.parts * args.heads, Of::threads, Of::bytes, stream, true, args, q, k, v);
+  launch_clusters(kernel, cluster, 2 * args.heads - args.wholes, Of::threads, Of::bytes, stream, true, args, q, k, v);
   return true;
 }
 
-template bool whole_attention<BFloat16, 64>(Args<BFloat16>, int, int, cudaStream_t);
-template bool whole_attention<BFloat16, 128>(Args<BFloat16>, int, int, cudaStream_t);
-template bool whole_attention<Half, 64>(Args<Half>, int, int, cudaStream_t);
-template bool whole_attention<Half, 128>(Args<Half>, int, int, cudaStream_t);
+template bool whole_attention<BFloat16, 64>(Args<BFloat16>, int, cudaStream_t);
+template bool whole_attention<BFloat16, 128>(Args<BFloat16>, int, cudaStream_t);
+template bool whole_attention<Half, 64>(Args<Half>, int, cudaStream_t);
+template bool whole_attention<Half, 128>(Args<Half>, int, cudaStream_t);
 
 }  // namespace linear
 }  // namespace fastrpe

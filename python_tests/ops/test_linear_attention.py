@@ -1039,10 +1039,12 @@ def test_many_tokens_of_the_native_kernel(kind: str, masked: bool) -> None:
         (3, 3, 3, 129, 200, 128),
         (1, 1, 1, 1, 65, 64),
         (2, 4, 2, 90, 901, 64),
+        (12, 12, 12, 129, 600, 128),
+        (10, 28, 14, 70, 1025, 128),
     ),
 )
 def test_heads_that_two_blocks_share(B: int, H: int, Hk: int, L: int, S: int, M: int, dtype: torch.dtype) -> None:
-    """Few heads, each by two blocks of the native kernel: half of a head masked, and gradients by its sums."""
+    """Few heads, each by two blocks of the native kernel, and more, some by one: half of one masked, and gradients."""
     one = inputs(B, H, Hk, L, 64, 64, M, device="cuda", dtype=dtype)
     one |= {n: draw(B, Hk, S, 64, seed=i, device="cuda", dtype=dtype) for i, n in enumerate("kv", 1)}
     mask, dy = draw(B, S, seed=6, device="cuda") > -0.5, draw(B, H, L, 64, seed=7, device="cuda", dtype=dtype)
