@@ -53,7 +53,8 @@ class ViTConfig:
             layers) or another of `ENCODINGS` (learned for each layer and head).
         position_options: go to the encoding's constructor.
         kernel: ``"softmax"`` or a Performer, which has no weights to drop, with features of `FEATURES`.
-        kernel_options: go to the features' constructor.
+        kernel_options: go to the features' constructor, of every layer alike: a seed among them gives all layers one
+            projection.
         pool: what the head sees: the ``"mean"`` of the patches, or ``"cls"``, a class token.
         registers: tokens without a position beside the patches.
         dropout: probability to drop a number of a branch, and an attention weight.

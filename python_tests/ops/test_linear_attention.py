@@ -17,7 +17,7 @@ from torch.autograd import gradcheck
 
 from fastrpe.backend import problem
 from fastrpe.ops.features import random_features
-from fastrpe.ops.linear import State, linear_attention, linear_attention_step
+from fastrpe.ops.linear import State, linear_attention, linear_attention_step, reference
 from fastrpe.testing.asserts import LAW_FLOAT64, ROUNDINGS, assert_accurate, assert_bitwise, assert_same, assert_within
 from fastrpe.testing.bars import CAUSAL_GRADIENTS, LINEAR_ATTENTION, LINEAR_GRADIENTS, MILLION_SECONDS
 
@@ -952,10 +952,14 @@ def test_autocast_leaves_float64(argument: str) -> None:
     ("values", "message"), (((0, 71), "must lie between 0 and L"), ((-1, 4), "must lie"), ((0, 9, 4), "must not fall"))
 )
 def test_bad_packing_is_not_read(values: tuple[int, ...], message: str) -> None:
-    """What memory safety needs of numbers that only the kernel reads."""
-    one = inputs(B=1, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match=message):
-        linear_attention(**one, cu_seqlens=torch.tensor(values, dtype=torch.int32), backend="native")
+    """What memory safety needs of numbers that only the kernel reads; where the host does not, rows are NaN."""
+    one, cu_seqlens = inputs(B=1, dtype=torch.float32), torch.tensor(values, dtype=torch.int32)
+    for backend, error in (("native", RuntimeError), ("reference", ValueError)):
+        with pytest.raises(error, match=f"linear_attention: cu_seqlens {message}"):
+            linear_attention(**one, cu_seqlens=cu_seqlens, backend=backend)
+    args = arguments_of(one, "reference", True, None)
+    rows, *_ = reference.linear_attention(*args[:-6], cu_seqlens, *args[-5:-2])
+    assert rows.isnan().all()
 
 
 @pytest.mark.parametrize(

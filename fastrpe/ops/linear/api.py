@@ -86,7 +86,8 @@ def linear_attention(
         normalize: divide by the sum of the weights. Without, the output overflows where its formula does.
         mask: ``(B, S)`` bool, True for keys that take part; what the others hold is not looked at.
         cu_seqlens: ``(N + 1,)`` int32, where each of N sequences packed into a batch of one begins, and the last ends:
-            ``torch.nn.functional.pad(lengths.cumsum(0), (1, 0))``. Tokens outside give zeros.
+            ``torch.nn.functional.pad(lengths.cumsum(0), (1, 0))``. Tokens outside give zeros; numbers that fall, or lie
+            outside the tokens, raise on a CPU and give NaN on a GPU, which would have to be waited for.
         state: the keys before the first, from an earlier call with ``return_state``; causal alone.
         return_state: give the state behind the last key too, for the next call; causal alone.
         backend: ``"reference"``, ``"native"`` (CPU; on Hopper normalised positive, oprf or exp features in 16 bits,

@@ -1,12 +1,14 @@
 """The operator of linear attention: schema, kernel table, fake, autograd, autocast and vmap rules."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...checks import fail
 from ..autograd import first_result, is_plain, register_autograd
 from ..features.reference import KINDS as FEATURE_KINDS
 from ..features.reference import size_of
@@ -99,6 +101,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Prepared | None]:
     """The operator's results, and what the kernel was given, which its gradients take again."""
     if backend == "reference":
+        if cu_seqlens is not None and not q.is_cuda:
+            _check_packing(cu_seqlens, q.shape[2])
         results = reference.linear_attention(
             q, k, v, omega, kind, causal, scale, a, eps, normalize, mask, cu_seqlens, kv, z, log_scale
         )
@@ -113,6 +117,14 @@ def _forward(
     short = not need_state and is_short(q, k, v, omega, kind, causal, normalize, cu_seqlens, backend)
     results = _kernel("linear_attention", backend)(*args, short)
     return *(results if need_state else _without_state(results)), prepared
+
+
+def _check_packing(cu_seqlens: Tensor, L: int) -> None:
+    values = cu_seqlens.tolist()
+    if values[0] < 0 or values[-1] > L:
+        raise fail("linear_attention", "cu_seqlens", f"lie between 0 and L={L}", values)
+    if any(a > b for a, b in itertools.pairwise(values)):
+        raise fail("linear_attention", "cu_seqlens", "not fall", values)
 
 
 def _linear_attention(*args: Any) -> Results:

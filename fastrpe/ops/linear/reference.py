@@ -44,6 +44,7 @@ def linear_attention(
         # Each sequence takes all tokens and masks those of the others: N times the work, and nothing read by the host.
         place = torch.arange(k.shape[2], device=k.device)
         packed = (place >= cu_seqlens[:-1, None]) & (place < cu_seqlens[1:, None])
+        is_sound = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= len(place))
         mask = packed if mask is None else packed & mask
         q, k, v = (x.expand(len(packed), *x.shape[1:]) for x in (q, k, v))
     dtype, sets = q.dtype, k.shape[1]
@@ -81,7 +82,7 @@ def linear_attention(
     else:
         out, state = _full(query, b, key, e, v, state, floor, normalize)
     if packed is not None:
-        out = out.masked_fill(~packed[:, None, :, None], 0).sum(0, keepdim=True)
+        out = out.masked_fill(~packed[:, None, :, None], 0).sum(0, keepdim=True).masked_fill(~is_sound, math.nan)
     kv, z, c = state
     return out.to(dtype).contiguous(), kv.contiguous(), z.contiguous(), c.clone(memory_format=torch.contiguous_format)
 
