@@ -294,23 +294,17 @@ __device__ __forceinline__ void products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most N groups of products are under way; c, which an older one wrote, may be read from here on.
-template <int N = 0, int R>
-__device__ __forceinline__ void products_wait(float (&c)[R]) {
+// Waits until at most N groups of products are under way; what older ones wrote, c, may be read from here on.
+template <int N = 0, int... R>
+__device__ __forceinline__ void products_wait(float (&... c)[R]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+  const auto changes = [](auto& of) {
 #pragma unroll
-  for (float& x : c) {
-    asm volatile("" : "+f"(x)::"memory");
-  }
-}
-
-template <int N = 0, int R, int S>
-__device__ __forceinline__ void products_wait(float (&c)[R], float (&d)[S]) {
-  products_wait<N>(c);
-#pragma unroll
-  for (float& x : d) {
-    asm volatile("" : "+f"(x)::"memory");
-  }
+    for (float& x : of) {
+      asm volatile("" : "+f"(x)::"memory");
+    }
+  };
+  (changes(c), ...);
 }
 
 // clang-format off

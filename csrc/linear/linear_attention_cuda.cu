@@ -71,6 +71,12 @@ struct Memory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+__device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], const float (&factor)[2]) {
+  linear::rescale(sums, factor);
+  total[0] *= factor[0];
+  total[1] *= factor[1];
+}
+
 // sums (= or +=) 2^(s - top) values, in the background, and total += the weights, as they are rounded if so; `values`
 // has a row for each column of s.
 template <typename T, bool Rounded, int R>

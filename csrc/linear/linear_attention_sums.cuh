@@ -66,15 +66,6 @@ __device__ __forceinline__ void store_row(T* to, const float (&sums)[32], int i,
   }
 }
 
-__device__ __forceinline__ void rescale(float (&sums)[32], float (&total)[2], const float (&factor)[2]) {
-#pragma unroll
-  for (int n = 0; n < 32; ++n) {
-    sums[n] *= factor[n / 2 % 2];
-  }
-  total[0] *= factor[0];
-  total[1] *= factor[1];
-}
-
 #endif
 
 }  // namespace linear
